@@ -46,15 +46,23 @@ STOPSIGNAL SIGTERM
 
 FROM runtime AS api
 COPY --from=build-api /opt/bitwright /opt/bitwright
+# A container is reached by its own address.
+ENV BITWRIGHT_HOST=0.0.0.0
 USER bitwright
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/readyz', timeout=4)"]
-CMD ["uvicorn", "--factory", "app.api.main:create_app", "--host", "0.0.0.0", "--port", "8080"]
+CMD ["bitwright", "api"]
 
 FROM runtime AS worker
+# Triton compiles at run time: it needs a C compiler and the C library's headers (Python's own are in this image).
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
+    && install -d -o bitwright -g bitwright /var/cache/bitwright
 COPY --from=build-worker /opt/bitwright /opt/bitwright
 # What a container runtime with NVIDIA's toolkit looks for; without a GPU they change nothing.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Kernels are kept here and loaded from here: writable, and not on a disk mounted with noexec, as Docker's tmpfs is.
+ENV TRITON_CACHE_DIR=/var/cache/bitwright/triton
+VOLUME /var/cache/bitwright
 USER bitwright
 CMD ["bitwright", "worker"]

@@ -12,7 +12,10 @@ from typing import Protocol
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-SECRET_NAMES = ("authorization", "password", "secret", "token", "api_key", "hub_token", "database_url", "broker_url")
+SECRET_NAMES = (
+    *("authorization", "password", "secret", "token", "token_keys", "api_key", "hub_token"),
+    *("database_url", "broker_url"),
+)
 REDACTED = "[redacted]"
 
 

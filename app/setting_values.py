@@ -3,12 +3,13 @@
 The message does not name the variable; `app.settings` puts that, and the value without its secrets, before it.
 """
 
+import base64
 import pwd
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 from pydantic import SecretStr
 
@@ -17,6 +18,7 @@ from bitwright.addresses import check_host, is_host, scheme_of, split_address
 MOST_USERS = (1 << 32) - 1
 LONGEST_SOCKET_PATH = 107
 """Bytes that the path of a Unix socket may have."""
+TOKEN_KEY_BYTES = 32
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,159}")
 
 DATABASES = ("sqlite", "sqlite+pysqlite", "postgresql", "postgres", "postgresql+psycopg")
@@ -72,6 +74,21 @@ def database_url(value: str) -> str:
     has_socket = any(name == "host" for name, _ in parse_qsl(parts.query))
     check_host(parts, DATABASE_WAY, needed=not has_socket)
     return value
+
+
+def with_password(url: str, password: SecretStr) -> str:
+    """The address with a password that was given apart from it; whatever signs it has are quoted.
+
+    An address that names no server, such as a file, stays as it is.
+    """
+    parts = urlsplit(url)
+    if not parts.netloc:
+        return url
+    user, _, given = parts.netloc.rpartition("@")[0].partition(":")
+    if given:
+        raise ValueError("it has a password of its own, and another one is given apart; leave one of them out")
+    secret = quote(password.get_secret_value(), safe="")
+    return parts._replace(netloc=f"{user}:{secret}@{parts.netloc.rpartition('@')[2]}").geturl()
 
 
 def broker_url(value: str) -> str:
@@ -184,11 +201,30 @@ def _check_folder(path: Path) -> None:
                 raise ValueError(f"this cannot be a folder ({error.strerror}); name another one") from error
 
 
+def password(value: SecretStr) -> SecretStr:
+    """A secret of one line, with whatever signs."""
+    if any(ord(sign) < 32 or ord(sign) == 127 for sign in value.get_secret_value()):
+        raise ValueError("a password is one line without control characters; does a line end belong to it?")
+    return value
+
+
 def token(value: SecretStr) -> SecretStr:
     """A secret that goes into a header: printable ASCII in one word."""
     if not re.fullmatch(r"[!-~]+", value.get_secret_value()):
         raise ValueError("a token is one word of printable ASCII; copy it anew, without quotes or line ends")
     return value
+
+
+def token_keys(keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+    """Keys of Fernet: 32 bytes in URL-safe base 64."""
+    for key in keys:
+        try:
+            size = len(base64.b64decode(key.get_secret_value(), altchars=b"-_", validate=True))
+        except (ValueError, UnicodeEncodeError):
+            size = 0
+        if size != TOKEN_KEY_BYTES:
+            raise ValueError("a key is 32 bytes in URL-safe base 64; `bitwright tenants token-key` makes one")
+    return keys
 
 
 def bind_host(value: str) -> str:

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
+from decimal import Decimal
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +35,7 @@ from app import setting_values as values
 from bitwright.addresses import shown, web_address
 from bitwright.endpoint import default_data_dir
 from bitwright.errors import InvalidSettings
+from bitwright.tenancy import Quotas
 
 KIB, MIB, GIB, PIB = 1 << 10, 1 << 20, 1 << 30, 1 << 50
 DAY = 86_400
@@ -106,6 +108,16 @@ def _split_paths(value: object) -> object:
         raise ValueError('a value that begins with [ must be a JSON list of folders, e.g. ["/models"]') from error
 
 
+def _split_words(value: object) -> object:
+    """A variable holds words divided by commas or spaces."""
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+def _parse_quotas(value: object) -> object:
+    """A variable holds a JSON object."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
 def _sqlite_url(data: dict[str, Any]) -> str:
     return f"sqlite:///{data['data_dir']}/bitwright.db"
 
@@ -132,8 +144,12 @@ def _worker_name() -> str:
     return values.as_name(socket.gethostname())
 
 
+SECRETS = frozenset({"hub_token", "database_password", "broker_password"})
 Folder = Annotated[Path, AfterValidator(values.folder)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Price = Annotated[Decimal, Field(ge=0, le=1_000_000, decimal_places=6, allow_inf_nan=False)]
+SECRETS = ("hub_token", "token_keys")
+"""Settings whose values are never shown."""
 
 log = structlog.get_logger(__name__)
 
@@ -149,8 +165,15 @@ class Settings(BaseSettings):
         default="development", description="Named in logs; nothing else depends on it."
     )
     data_dir: Folder = Field(default_factory=default_data_dir, description="Folder of everything that is kept.")
+    database_password: Annotated[SecretStr, AfterValidator(values.password)] | None = Field(
+        default=None,
+        description="Password of the database's user, as it is: no sign needs quoting, as it would within the URL.",
+    )
     database_url: Annotated[str, AfterValidator(values.database_url)] = Field(
         default_factory=_sqlite_url, description="sqlite:/// or postgresql+psycopg:// URL."
+    )
+    broker_password: Annotated[SecretStr, AfterValidator(values.password)] | None = Field(
+        default=None, description="Password of the broker's user, as it is, for a URL that has none."
     )
     broker_url: Annotated[str, AfterValidator(values.broker_url)] = Field(
         default="",
@@ -191,7 +214,49 @@ class Settings(BaseSettings):
         default=200 * GIB, ge=KIB, le=PIB, description="Largest upload, all its files together."
     )
     max_streams: int = Field(default=512, ge=1, le=100_000, description="Event streams that a process serves at once.")
+    max_streams_of_key: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="Of these, streams of one key at once; unset: a quarter.",
+    )
     event_poll_seconds: Finite = Field(default=0.25, gt=0, le=30, description="How often streams look for events.")
+
+    tenant_quotas: Annotated[Quotas, NoDecode, BeforeValidator(_parse_quotas)] = Field(
+        default=Quotas(),
+        description="Quotas of every tenant that has none of its own, as JSON: queued_jobs, running_jobs, "
+        "storage_bytes, upload_bytes, uploads, streams, posts_per_minute, max_priority.",
+    )
+    token_keys: Annotated[
+        tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_words), AfterValidator(values.token_keys)
+    ] = Field(
+        default=(),
+        description="Keys that encrypt Hub tokens of tenants and jobs, divided by commas: the first encrypts, all "
+        "decrypt. `bitwright tenants token-key` makes one.",
+    )
+    audit_retention_days: int | None = Field(
+        default=365, ge=1, le=36_500, description="Entries of the audit log older than this are deleted."
+    )
+    price_per_gpu_hour: Price | None = Field(
+        default=None, description="Price of an hour of one GPU, for dry runs, reports and usage."
+    )
+    price_per_cpu_hour: Price | None = Field(
+        default=None, description="The same of a worker without a GPU, or of each of its processes."
+    )
+    price_currency: str = Field(default="USD", pattern="^[A-Z]{3}$", description="Currency of the prices.")
+    metrics_by_tenant: bool = Field(
+        default=False,
+        description="Whether /metrics names tenants by their ids, with what each stores: it needs no key.",
+    )
+    worker_metrics_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65_535,
+        description="Port on which a worker serves its own metrics, at `worker_metrics_host`; unset: none.",
+    )
+    worker_metrics_host: Annotated[str, AfterValidator(values.bind_host)] = Field(
+        default="127.0.0.1", description="Address for `worker_metrics_port`."
+    )
 
     lease_seconds: int = Field(
         default=30, ge=3, le=3600, description="A running job that is silent for longer is taken back."
@@ -284,11 +349,17 @@ class Settings(BaseSettings):
             return handler(value)
         except ValidationError as error:
             name = str(info.field_name)
-            readable = "***" if name == "hub_token" else shown(value)
+            readable = "***" if name in SECRETS else shown(value)
             problem = _problem(name, value, error)
             raise PydanticCustomError(
                 "setting", "{said}", {"said": f"{PREFIX}{name.upper()} is {readable}: {problem}"}
             ) from None
+
+    @field_validator("database_url", "broker_url", mode="after")
+    @classmethod
+    def _put_in_the_password(cls, url: str, info: ValidationInfo) -> str:
+        password: SecretStr | None = info.data.get(f"{str(info.field_name).removesuffix('_url')}_password")
+        return url if password is None else values.with_password(url, password)
 
     @model_validator(mode="after")
     def _no_slip_of_the_pen(self) -> Self:
@@ -309,6 +380,11 @@ class Settings(BaseSettings):
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
         return self.hub_preflight and self.hub_enabled and not offline
 
+    def price_micros(self, device: str) -> int | None:
+        """Millionths of the currency for an hour of one device of this class; None if it has no price."""
+        price = self.price_per_gpu_hour if device == "cuda" else self.price_per_cpu_hour
+        return None if price is None else int(price * 1_000_000)
+
     @property
     def heartbeat_seconds(self) -> float:
         """Between two renewals of a lease: a third of it, so that two may fail."""
@@ -320,6 +396,9 @@ WAYS: Mapping[str, str] = MappingProxyType(
         "hub_enabled": "give true or false",
         "hub_preflight": "give true or false",
         "devices": "give `all`, or a number from 1 to 64",
+        "tenant_quotas": 'give a JSON object of whole numbers, e.g. {"queued_jobs": 100, "posts_per_minute": 60}',
+        "metrics_by_tenant": "give true or false",
+        "price_currency": "give three capital letters, e.g. EUR",
         "attempt_memory": "give `plan`, `off`, or bytes, 1 GiB at the least",
         "model_roots": 'give folders divided like $PATH, or a JSON list, e.g. ["/models"]',
     }

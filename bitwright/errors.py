@@ -18,6 +18,12 @@ BitwrightError
 |   |-- KeyReused             422  idempotency_key_reused
 |   |-- ExceedsCapacity       422  exceeds_capacity      no worker could ever hold the job
 |   `-- TooManyRequests       429  too_many_requests
+|       `-- QuotaExceeded     429  quota_exceeded        a quota of the tenant; each kind has a code:
+|           |-- RateLimitExceeded     rate_limit_exceeded
+|           |-- QueuedJobsExceeded    queued_jobs_exceeded
+|           |-- StorageExceeded       storage_exceeded
+|           |-- UploadsExceeded       uploads_exceeded
+|           `-- StreamsExceeded       streams_exceeded
 |-- InputError                the job's model or data cannot be used     (job fails at once)
 |   |-- SourceNotFound             source_not_found
 |   |-- SourceForbidden            source_forbidden
@@ -55,12 +61,12 @@ BitwrightError
 """
 
 from enum import StrEnum
-from math import isfinite
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.frontier import FrontierPoint
+from bitwright.shortening import shorten as shorten  # noqa: PLC0414 (others have it from here)
 
 
 class Retry(StrEnum):
@@ -110,26 +116,6 @@ class BitwrightError(Exception):
         self.value = shorten(value)
         self.hint = hint or (None if errors else self.way_out)
         self.errors = errors
-
-
-def shorten(value: object, limit: int = 200) -> object:
-    """Numbers and short strings as they are; anything else as text of at most `limit` characters.
-
-    The result can be written as JSON in UTF-8, whatever the value was.
-    """
-    if value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < 2**63):
-        return value
-    if isinstance(value, float) and isfinite(value):
-        return value
-    text = (value if isinstance(value, str) else _describe(value)).encode(errors="backslashreplace").decode()
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _describe(value: object) -> str:
-    try:
-        return repr(value)
-    except (RecursionError, ValueError):  # nested too deeply; more digits than Python prints
-        return f"{type(value).__name__}, too large to show"
 
 
 class RequestError(BitwrightError):
@@ -221,6 +207,64 @@ class ExceedsCapacity(RequestError):
 class TooManyRequests(RequestError):
     code, title, status = "too_many_requests", "Too many requests", 429
     way_out = "Wait for `Retry-After` seconds."
+
+
+class QuotaExceeded(TooManyRequests):
+    """A quota of the tenant is used up; `policy` names it in `RateLimit` and `violated-policies`.
+
+    quota                 what the tenant may have; None where the answer of another service is told
+    retry_after_seconds   when to ask again
+    window_seconds        of a rate: the length of the window that the quota is for
+    """
+
+    code, title = "quota_exceeded", "A quota of the tenant is used up"
+    way_out = "`GET /v1/usage` shows quotas and what is used of them; the operator can raise one."
+    policy: ClassVar[str] = "quota"
+    unit: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        field: str | None = None,
+        value: object = None,
+        hint: str | None = None,
+        errors: tuple[FieldProblem, ...] = (),
+        quota: int | None = None,
+        retry_after_seconds: int = 30,
+        window_seconds: int | None = None,
+    ) -> None:
+        super().__init__(detail, field=field, value=value, hint=hint, errors=errors)
+        self.quota = quota
+        self.retry_after_seconds = retry_after_seconds
+        self.window_seconds = window_seconds
+
+
+class RateLimitExceeded(QuotaExceeded):
+    code, title, policy = "rate_limit_exceeded", "The tenant sends more POST requests a minute than it may", "posts"
+    way_out = "Wait for `Retry-After` seconds; `RateLimit` tells in every answer what is left."
+
+
+class QueuedJobsExceeded(QuotaExceeded):
+    code, title, policy = "queued_jobs_exceeded", "As many jobs of the tenant wait as may", "queued-jobs"
+    way_out = "Submit again when one has begun, or cancel one that waits."
+
+
+class StorageExceeded(QuotaExceeded):
+    code, title, policy = "storage_exceeded", "The tenant's storage is used up", "storage"
+    unit = "content-bytes"
+    way_out = "Delete jobs or uploads that are no longer needed, or ask the operator for more."
+
+
+class UploadsExceeded(QuotaExceeded):
+    code, title, policy = "uploads_exceeded", "The tenant has as many uploads as it may", "uploads"
+    way_out = "Delete an upload that no job reads any more; `GET /v1/uploads` lists them."
+
+
+class StreamsExceeded(QuotaExceeded):
+    code, title, policy = "streams_exceeded", "The tenant follows as many event streams as it may", "streams"
+    unit = "concurrent-requests"
+    way_out = "Close one, or poll the JSON page of events instead."
 
 
 class InputError(BitwrightError):

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.formats import ADAPTER_FOLDER, Form
 from bitwright.frontier import FrontierPoint
+from bitwright.money import Money
 
 
 class ReportPart(BaseModel):
@@ -419,6 +420,11 @@ class Report(ReportPart):
         default=None, description="None if scales were not tuned end to end, or that was skipped; see the warnings."
     )
     finetuning: FinetuningReport | None = Field(default=None, description="None where nothing was trained.")
+    cost: Money | None = Field(
+        default=None,
+        description="Of the time that the job's attempts took their devices. Added when the job ends, so that the file "
+        "`report.json` has none; null: the service has no price.",
+    )
     adapter: AdapterReport | None = Field(default=None, description="None where nothing was trained.")
     loads: tuple[LoadReport, ...] = Field(
         default=(), description="What runtimes of the worker made of the result, as far as `verify` asked for it."

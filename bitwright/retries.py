@@ -21,6 +21,8 @@ from bitwright.views import Problem
 
 IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 BUSY_STATUSES = frozenset({429, 502, 503, 504})
+STANDING = (b'"queued_jobs_exceeded"', b'"storage_exceeded"', b'"uploads_exceeded"')
+"""Codes of quotas that seconds do not free: the caller is told at once."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def is_repeatable(method: str, headers: Mapping[str, str] | None) -> bool:
 
 def worth_another(response: httpx.Response, repeatable: bool) -> bool:
     """True if the same request may be answered otherwise after a delay."""
+    if response.status_code == 429 and any(code in response.content for code in STANDING):
+        return False
     if response.status_code in {429, 503}:
         return True
     if response.status_code in BUSY_STATUSES:

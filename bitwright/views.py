@@ -6,13 +6,15 @@ Views ignore fields that they do not know: an older client reads a newer service
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bitwright.errors import FieldProblem
 from bitwright.events import ErrorData, Event, ProgressEvent
 from bitwright.job_states import JobStatus
+from bitwright.money import Money
 from bitwright.report import Report
 from bitwright.request import RequestView
+from bitwright.whole_numbers import with_whole_numbers
 
 
 class View(BaseModel):
@@ -120,8 +122,13 @@ class UploadFileSpec(View):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, max_length=255, description="Plain file name, no folders.")
-    size: int = Field(strict=True, ge=0, description="Bytes.")
+    name: str = Field(
+        min_length=1,
+        max_length=255,
+        description="Plain file name, no folders.",
+        json_schema_extra={"pattern": r'^[^\\/:*?"<>|\x00-\x1f\x7f]+$'},
+    )
+    size: int = Field(strict=True, ge=0, le=2**63 - 1, description="Bytes.")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the content, hexadecimal.")
 
 
@@ -131,6 +138,11 @@ class UploadRequest(View):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     files: list[UploadFileSpec] = Field(min_length=1, max_length=1024)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_whole_numbers(cls, body: Any) -> Any:
+        return with_whole_numbers(body)
 
 
 class UploadFileView(View):
@@ -288,6 +300,10 @@ class PreflightRecord(View, Generic[RequestT]):
     not_checked: Literal["hub"] | None = Field(
         default=None, description="Where the model is, if nobody has looked at it: estimates are empty then."
     )
+    cost: dict[str, Money] = Field(
+        default_factory=dict,
+        description="For the estimated seconds, by class of device (`cpu`, `cuda`); empty: no price or no estimate.",
+    )
 
 
 class PreflightView(PreflightRecord[RequestView]):
@@ -296,6 +312,8 @@ class PreflightView(PreflightRecord[RequestView]):
 
 class Problem(View):
     """RFC 9457 problem document."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
 
     type: str
     title: str
@@ -307,4 +325,9 @@ class Problem(View):
     value: Any = None
     hint: str | None = None
     errors: list[FieldProblem] = Field(default_factory=list)
+    violated_policies: list[str] | None = Field(
+        default=None,
+        alias="violated-policies",
+        description="Of a quota that is used up: its names in `RateLimit-Policy`.",
+    )
     request_id: str | None = None

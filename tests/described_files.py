@@ -35,6 +35,8 @@ FILES = MappingProxyType(
         "docs/reference/settings.md": "Every environment variable",
         "docs/reference/errors.md": "Every error code and its way out",
         "docs/adding-a-method.md": "The four touches of a new method",
+        "docs/tenants.md": "Quotas, keys, Hub tokens, use, the audit log and metrics of tenants",
+        "docs/alerts.yml": "Example alert rules for Prometheus, each with a line of what to do",
         "docs/operations.md": "Scaling, backup, upgrades, security, what happens when something dies",
         "docs/results.md": "Measured figures and how to reproduce them",
         "docs/datasets.md": "Rows of datasets: which fields are read, what is learned of them, and what is refused",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy import make_url
 
 from app.queue import celery_app
 from app.settings import Settings, get_settings, problems_of, unknown_variables, warn_of_unknown_variables
@@ -46,12 +47,31 @@ NONSENSE = {
         "http://a:b",
     ],
     "hub_token": ["two words", "line\nend", "sécret"],
+    "database_password": ["line\nend", "tab\tbed"],
+    "broker_password": ["line\n"],
     "host": ["http://127.0.0.1", "127.0.0.1:8080", "[::1]", "ho st", "256.1.1.1", "-dash", "a..b", "x" * 300],
     "port": ["seventy", "-1", "70000", "80.5", "tcp://10.0.0.1:8080"],
     "max_body_bytes": ["1MB", "0", "-1", "1e99"],
     "max_upload_bytes": ["200 GiB", "0", str(1 << 60)],
+    "max_streams_of_key": ["0", "many", "1000001"],
     "max_streams": ["0", "many", "1000001"],
     "event_poll_seconds": ["0", "-1", "inf", "nan", "31", "soon"],
+    "tenant_quotas": [
+        "ten",
+        '{"queued": 1}',
+        '{"queued_jobs": -1}',
+        '{"queued_jobs": "many"}',
+        "[1]",
+        '{"streams": 1.5}',
+    ],
+    "token_keys": ["secret", "c2VjcmV0", "secret" * 8, "sécret"],
+    "audit_retention_days": ["0", "-1", "week", "1e6"],
+    "price_per_gpu_hour": ["-1", "free", "inf", "nan", "0.0000001", "2 EUR"],
+    "price_per_cpu_hour": ["-1", "free", "nan"],
+    "price_currency": ["eur", "EURO", "€"],
+    "metrics_by_tenant": ["maybe", "2"],
+    "worker_metrics_port": ["0", "70000", "metrics"],
+    "worker_metrics_host": ["http://127.0.0.1", "127.0.0.1:9100"],
     "input_seconds": ["0", "soon", "inf", "86401"],
     "input_memory_bytes": ["1GB", "0", str(1 << 60)],
     "attempt_memory": ["on", "4 GiB", "1000", "-1"],
@@ -171,6 +191,36 @@ def test_what_is_right_is_taken(monkeypatch: pytest.MonkeyPatch, name: str, valu
     assert taken == (value.upper() if name == "log_level" else value)
 
 
+@pytest.mark.parametrize("password", ["p@ss:w/o#r?d%", "100%25", "ünï cödé", "'; --"])
+def test_a_password_is_given_as_it_is(monkeypatch: pytest.MonkeyPatch, password: str) -> None:
+    """The libraries that connect are the judges: they read the same password from the address."""
+    monkeypatch.setenv("BITWRIGHT_DATABASE_URL", "postgresql+psycopg://user@host:5432/name")
+    monkeypatch.setenv("BITWRIGHT_DATABASE_PASSWORD", password)
+    monkeypatch.setenv("BITWRIGHT_BROKER_URL", "valkey://host:6379/3")
+    monkeypatch.setenv("BITWRIGHT_BROKER_PASSWORD", password)
+    settings = Settings()
+    database = make_url(settings.database_url)
+    assert (database.username, database.password, database.host, database.port) == ("user", password, "host", 5432)
+    with celery_app(settings.broker_url).connection_for_write() as connection:
+        assert (connection.password, connection.hostname, connection.virtual_host) == (password, "host", "3")
+
+
+def test_two_passwords_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITWRIGHT_DATABASE_URL", "postgresql+psycopg://user:first@host/name")
+    monkeypatch.setenv("BITWRIGHT_DATABASE_PASSWORD", "second")
+    with pytest.raises(ValidationError, match="a password of its own") as caught:
+        Settings()
+    assert "first" not in str(caught.value)
+    assert "second" not in str(caught.value)
+
+
+def test_an_address_without_a_server_takes_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITWRIGHT_DATABASE_PASSWORD", "word")
+    for url in ("sqlite:////var/lib/bitwright.db", "postgresql+psycopg:///name?host=/run/postgresql"):
+        monkeypatch.setenv("BITWRIGHT_DATABASE_URL", url)
+        assert Settings().database_url == url
+
+
 def test_a_slip_in_a_variables_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITWRIGHT_DATABSE_URL", "postgresql://u:secret@host/name")
     with pytest.raises(
@@ -204,7 +254,7 @@ def test_a_hosts_name_of_any_kind_names_a_worker(monkeypatch: pytest.MonkeyPatch
         ["-m", "workers.sweep"],
         ["-m", "bitwright.cli", "serve"],
         ["-m", "bitwright.cli", "worker"],
-        ["-m", "uvicorn", "--factory", "app.api.main:create_app"],
+        ["-m", "bitwright.cli", "api"],
     ],
     ids=lambda words: " ".join(words[1:]),
 )

@@ -62,6 +62,8 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
         spares=spares,
         kernels=kernels,
     )
+    if settings.worker_metrics_port is not None:
+        context.metrics.serve(settings.worker_metrics_host, settings.worker_metrics_port)
     try:
         run_worker(context)
     finally:

@@ -20,9 +20,10 @@ import structlog
 from app.logs import configure_logging
 from app.queue import notify_workers, silence
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
+from app.store.audit import REMOVED_AT_ONCE, remove_old_entries
 from app.store.blobs import BlobStore, open_blobs
 from app.store.endings import requeue_lost
-from app.store.garbage import collect_blobs, remove_expired_keys, remove_old_jobs
+from app.store.garbage import ROWS_A_TRANSACTION, collect_blobs, remove_expired_keys, remove_old_jobs
 from app.store.ids import new_id
 from app.store.session import Database
 from app.store.uploads import remove_expired_uploads
@@ -85,17 +86,32 @@ class Sweep:
                 notify_workers(device.value, alive, times=times)
 
     def throw_away(self) -> None:
-        """Delete rows past their retention, then bytes that no row names."""
+        """Delete rows past their retention, then bytes that no row names.
+
+        A transaction removes up to `ROWS_A_TRANSACTION` rows of a kind; where there are more, the rest goes in the next
+        round, after what jobs wait for.
+        """
         with self._database.transaction() as session:
-            remove_expired_keys(session)
+            more = remove_expired_keys(session) == ROWS_A_TRANSACTION
             uploads = remove_expired_uploads(session)
             forget_workers(session, unseen_seconds=UNSEEN_SECONDS)
-            days = self._settings.job_retention_days
-            jobs = remove_old_jobs(session, older_than_seconds=days * DAY) if days else []
+        days = self._settings.job_retention_days
+        jobs: list[str] = []
+        if days:
+            with self._database.transaction() as session:
+                jobs = remove_old_jobs(session, older_than_seconds=days * DAY)
+            more |= len(jobs) == ROWS_A_TRANSACTION
+        with self._database.transaction() as session:
+            kept = self._settings.audit_retention_days
+            entries = remove_old_entries(session, older_than_seconds=kept * DAY) if kept else 0
+        more |= entries == REMOVED_AT_ONCE
         for upload_id in uploads:
             shutil.rmtree(self._settings.upload_dir / upload_id, ignore_errors=True)
-        blobs = collect_blobs(self._database, self._blobs)
-        log.info("retention_done", jobs=len(jobs), uploads=len(uploads), blobs=len(blobs))
+        if more:
+            self._retention_due = time.monotonic()
+        blobs = [] if more else collect_blobs(self._database, self._blobs)
+        counts = {"jobs": len(jobs), "uploads": len(uploads), "audit_entries": entries, "blobs": len(blobs)}
+        log.info("retention_done", **counts, more=more)
 
 
 def messages_due(jobs: Mapping[str, int], idle: list[DeviceClass]) -> dict[DeviceClass, int]:

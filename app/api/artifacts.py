@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.auth import Reader
-from app.api.deps import BlobsOf, DatabaseOf
+from app.api.deps import BlobsOf, DatabaseOf, LaterOf
 from app.api.http.content import (
     IMMUTABLE,
     Span,
@@ -19,6 +19,8 @@ from app.api.http.content import (
 )
 from app.api.http.documentation import binary, problems, text_header
 from app.api.representations import artifact_view
+from app.api.tenancy.downloads import note_download
+from app.domain.media_types import MEDIA_TYPES, TENSORS
 from app.store.artifacts import ArtifactRepository
 from bitwright.errors import StorageError
 from bitwright.views import ArtifactView, Page
@@ -32,9 +34,10 @@ HEADERS = {
     "Content_Disposition": "`attachment` with the file's name.",
     "Content_Length": "Bytes of this answer.",
 }
+KINDS = tuple(dict.fromkeys([TENSORS, *MEDIA_TYPES.values()]))
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: binary("The whole content.", "application/octet-stream", **HEADERS),
-    206: binary("The range asked for.", "application/octet-stream", Content_Range="Its place.", **HEADERS),
+    200: binary("The whole content.", *KINDS, **HEADERS),
+    206: binary("The range asked for.", *KINDS, Content_Range="Its place.", **HEADERS),
     304: {"description": "The caller has it already.", "headers": {"ETag": text_header("As in If-None-Match.")}},
     **problems("not_found", "precondition_failed", "range_not_satisfiable"),
 }
@@ -61,7 +64,7 @@ def list_artifacts(job_id: str, principal: Reader, database: DatabaseOf) -> Page
     responses=RESPONSES,
 )
 def get_content(
-    artifact_id: str, request: Request, principal: Reader, database: DatabaseOf, blobs: BlobsOf
+    artifact_id: str, request: Request, principal: Reader, database: DatabaseOf, blobs: BlobsOf, later: LaterOf
 ) -> Response:
     """The bytes of a file, or one range of them. With several ranges, or one that does not parse, all of it comes."""
     with database.reading() as session:
@@ -78,6 +81,8 @@ def get_content(
     if span is not None:
         status = 206
         headers["Content-Range"] = f"bytes {span.start}-{span.start + span.length - 1}/{artifact.size}"
+    if request.method == "GET":
+        note_download(later, database, principal, "artifact.downloaded", artifact_id, extent.length)
     chunks = (
         iter(())
         if request.method == "HEAD"
@@ -94,7 +99,7 @@ def get_content(
     responses=RESPONSES,
 )
 def head_content(
-    artifact_id: str, request: Request, principal: Reader, database: DatabaseOf, blobs: BlobsOf
+    artifact_id: str, request: Request, principal: Reader, database: DatabaseOf, blobs: BlobsOf, later: LaterOf
 ) -> Response:
     """Headers of the GET, without the bytes."""
-    return get_content(artifact_id, request, principal, database, blobs)
+    return get_content(artifact_id, request, principal, database, blobs, later)

@@ -3,10 +3,11 @@
 from typing import Annotated
 
 import structlog
-from fastapi import Depends
+from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from app.api.deps import DatabaseOf
+from app.api.deps import StateOf
+from app.api.tenancy.admission import count_post
 from app.domain.access import Principal, Scope
 from app.store.keys import authenticate
 from bitwright.errors import MissingScope, Unauthenticated
@@ -21,18 +22,24 @@ bearer = HTTPBearer(
 
 
 def find_principal(
-    database: DatabaseOf, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+    request: Request,
+    state: StateOf,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> Principal:
-    """The owner of the request's key.
+    """The owner of the request's key, whose use is noted; a POST is counted.
 
     Raises:
         Unauthenticated: no key, or none that is valid.
+        RateLimitExceeded: the tenant sends too many POST requests.
     """
     if credentials is None:
         hint = "send the header `Authorization: Bearer bw_…`; `bitwright keys create` makes a key"
         raise Unauthenticated("the request has no API key", hint=hint)
-    with database.reading() as session:
-        return authenticate(session, credentials.credentials)
+    with state.database.reading() as session:
+        principal = authenticate(session, credentials.credentials)
+    state.later.note_use(principal.key_id)
+    count_post(request, principal, state.settings, state.database)
+    return principal
 
 
 async def name_caller(principal: Annotated[Principal, Depends(find_principal)]) -> Principal:
@@ -47,14 +54,19 @@ async def name_caller(principal: Annotated[Principal, Depends(find_principal)]) 
 Caller = Annotated[Principal, Depends(name_caller)]
 
 
-def reader(principal: Caller) -> Principal:
+async def reader(principal: Caller) -> Principal:
     """The caller, who may read."""
     return _allow(principal, Scope.READ)
 
 
-def submitter(principal: Caller) -> Principal:
+async def submitter(principal: Caller) -> Principal:
     """The caller, who may submit, cancel and upload."""
     return _allow(principal, Scope.SUBMIT)
+
+
+async def administrator(principal: Caller) -> Principal:
+    """The caller, who may look after all tenants."""
+    return _allow(principal, Scope.ADMIN)
 
 
 def _allow(principal: Principal, needed: Scope) -> Principal:
@@ -67,3 +79,4 @@ def _allow(principal: Principal, needed: Scope) -> Principal:
 
 Reader = Annotated[Principal, Depends(reader)]
 Submitter = Annotated[Principal, Depends(submitter)]
+Administrator = Annotated[Principal, Depends(administrator)]

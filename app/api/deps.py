@@ -1,51 +1,74 @@
-"""State of an API process, and the aliases by which endpoints ask for it."""
+"""State of an API process, and the aliases by which endpoints ask for it.
 
+Coroutines, because a plain function would take a thread for each of them, of which there are few.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
+from pydantic import SecretStr
 
 from app.api.event_feed import EventFeed
 from app.api.metrics import Metrics
 from app.api.submission.hub_child import HubChild
+from app.api.submission.kept import Kept
+from app.api.tenancy.later import WrittenLater
 from app.inspection.inspector import Inspector
 from app.settings import Settings
 from app.store.blobs import BlobStore
+from app.store.hub_tokens import Vault
+from app.store.idempotency import KEY_SHAPE
 from app.store.session import Database
+from app.store.waiting import Place
+from bitwright.tenancy import TOKEN_PATTERN
 
 
-def get_state(request: Request) -> "State":
+async def get_state(request: Request) -> "State":
     """The state that `create_app` made."""
     state: State = request.app.state.bitwright
     return state
 
 
-def _settings(state: Annotated["State", Depends(get_state)]) -> Settings:
+async def _settings(state: Annotated["State", Depends(get_state)]) -> Settings:
     return state.settings
 
 
-def _database(state: Annotated["State", Depends(get_state)]) -> Database:
+async def _database(state: Annotated["State", Depends(get_state)]) -> Database:
     return state.database
 
 
-def _blobs(state: Annotated["State", Depends(get_state)]) -> BlobStore:
+async def _blobs(state: Annotated["State", Depends(get_state)]) -> BlobStore:
     return state.blobs
 
 
-def _feed(state: Annotated["State", Depends(get_state)]) -> EventFeed:
+async def _feed(state: Annotated["State", Depends(get_state)]) -> EventFeed:
     return state.feed
 
 
-def _hub(state: Annotated["State", Depends(get_state)]) -> HubChild | None:
+async def _hub(state: Annotated["State", Depends(get_state)]) -> HubChild | None:
     return state.hub
 
 
-def _inspector(state: Annotated["State", Depends(get_state)]) -> Inspector:
+async def _inspector(state: Annotated["State", Depends(get_state)]) -> Inspector:
     return state.inspector
 
 
-def _metrics(state: Annotated["State", Depends(get_state)]) -> Metrics:
+async def _metrics(state: Annotated["State", Depends(get_state)]) -> Metrics:
     return state.metrics
+
+
+async def _later(state: Annotated["State", Depends(get_state)]) -> WrittenLater:
+    return state.later
+
+
+async def _vault(state: Annotated["State", Depends(get_state)]) -> Vault:
+    return state.vault
+
+
+async def _queue(state: Annotated["State", Depends(get_state)]) -> Kept[Mapping[str, Place]]:
+    return state.queue
 
 
 @dataclass(frozen=True)
@@ -57,22 +80,40 @@ class State:
     blobs: BlobStore
     feed: EventFeed
     metrics: Metrics
+    later: WrittenLater
+    vault: Vault
     inspector: Inspector
+    queue: Kept[Mapping[str, Place]]
+    """Places of the queued jobs, by their ids."""
     hub: HubChild | None = None
     """None where models on the Hub are the workers' business alone."""
 
 
+StateOf = Annotated[State, Depends(get_state)]
 SettingsOf = Annotated[Settings, Depends(_settings)]
 DatabaseOf = Annotated[Database, Depends(_database)]
 BlobsOf = Annotated[BlobStore, Depends(_blobs)]
 FeedOf = Annotated[EventFeed, Depends(_feed)]
 HubOf = Annotated[HubChild | None, Depends(_hub)]
 InspectorOf = Annotated[Inspector, Depends(_inspector)]
+QueueOf = Annotated[Kept[Mapping[str, Place]], Depends(_queue)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
+LaterOf = Annotated[WrittenLater, Depends(_later)]
+VaultOf = Annotated[Vault, Depends(_vault)]
+HubTokenHeader = Annotated[
+    SecretStr | None,
+    Header(
+        alias="X-Hub-Token",
+        json_schema_extra={"pattern": TOKEN_PATTERN},
+        description="A Hub token for this job alone: kept encrypted, used to fetch the model and texts, erased at the "
+        "job's end. It is no part of the request that an Idempotency-Key stands for.",
+    ),
+]
 IdempotencyHeader = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
         description="1 to 255 visible characters. Within a day, the same key gives what the first request made.",
+        json_schema_extra={"pattern": f"^{KEY_SHAPE.pattern}$"},
     ),
 ]

@@ -17,6 +17,7 @@ from bitwright.job_states import FINAL_STATUSES
 MEDIA_TYPE = "text/event-stream"
 KEEP_ALIVE_SECONDS = 15.0
 RECONNECT_MILLISECONDS = 2000
+RETRY = f"retry: {RECONNECT_MILLISECONDS}\n\n".encode()
 REPLAY_PAGE = 500
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
@@ -26,7 +27,7 @@ class JobEvents:
 
     def __init__(self, database: Database, tenant_id: str, job_id: str) -> None:
         self._database = database
-        self._tenant_id = tenant_id
+        self.tenant_id = tenant_id
         self.job_id = job_id
 
     def job(self) -> Job:
@@ -36,12 +37,12 @@ class JobEvents:
             NotFound: the tenant has no such job.
         """
         with self._database.reading() as session:
-            return JobRepository(session, self._tenant_id).get(self.job_id)
+            return JobRepository(session, self.tenant_id).get(self.job_id)
 
     def page(self, after: int, limit: int = REPLAY_PAGE) -> Sequence[StoredEvent]:
         """Stored events with a greater sequence than `after`."""
         with self._database.reading() as session:
-            return EventRepository(session, self._tenant_id).page(self.job_id, after, limit)
+            return EventRepository(session, self.tenant_id).page(self.job_id, after, limit)
 
     def finished(self, last_sent: int) -> bool:
         """True if nothing comes after event `last_sent`: the job is final or deleted."""
@@ -52,13 +53,21 @@ class JobEvents:
         return job.status in FINAL_STATUSES and job.last_event <= last_sent
 
 
-async def stream_events(feed: EventFeed, source: JobEvents, newest: int, after: int) -> AsyncIterator[bytes]:
-    """The body of a stream. `newest` is the last event that was stored before; `after`, the last the caller has."""
+async def stream_events(
+    feed: EventFeed, source: JobEvents, newest: int, after: int, key_id: str = ""
+) -> AsyncIterator[bytes]:
+    """The body of a stream. `newest` is the last event that was stored before; `after`, the last the caller has.
+
+    One that ends before its job does says again when to come back: another process may serve by then.
+    """
     last_sent = after
-    with feed.subscribe(source.job_id, newest) as subscription:
-        yield f"retry: {RECONNECT_MILLISECONDS}\n\n".encode()
+    with feed.subscribe(source.job_id, newest, key_id, source.tenant_id) as subscription:
+        yield RETRY
         replaying = True
         while True:
+            if subscription.ended:
+                yield RETRY
+                return
             try:
                 events, replaying = await _next_events(source, subscription, last_sent, replaying)
             except NotFound:  # deleted meanwhile

@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, StreamingResponse
 
 from app.api.auth import Reader
-from app.api.deps import DatabaseOf, FeedOf
+from app.api.deps import DatabaseOf, FeedOf, SettingsOf
 from app.api.event_stream import HEADERS, MEDIA_TYPE, JobEvents, stream_events
 from app.api.http.documentation import problems
 from app.api.representations import event_view
@@ -28,7 +28,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {MEDIA_TYPE: {"schema": {"type": "string"}, "example": EXAMPLE}},
     },
     204: {"description": "Stream only: the job is final and every event was seen. Do not reconnect."},
-    **problems("not_found", "too_many_requests"),
+    **problems("not_found", "too_many_requests", "streams_exceeded"),
 }
 
 
@@ -44,6 +44,7 @@ async def get_events(
     job_id: str,
     request: Request,
     principal: Reader,
+    settings: SettingsOf,
     database: DatabaseOf,
     feed: FeedOf,
     after: Annotated[int, Query(ge=0, description="Only events with a greater sequence.")] = 0,
@@ -61,8 +62,9 @@ async def get_events(
     job = await run_in_threadpool(source.job)
     if job.status in FINAL_STATUSES and start >= job.last_event:
         return Response(status_code=204, headers=VARY)
-    feed.require_room()
-    body = stream_events(feed, source, job.last_event, start)
+    most = principal.quotas.over(settings.tenant_quotas).streams
+    feed.require_room(principal.key_id, principal.tenant_id, most)
+    body = stream_events(feed, source, job.last_event, start, principal.key_id)
     return StreamingResponse(body, media_type=MEDIA_TYPE, headers=HEADERS | VARY)
 
 

@@ -1,8 +1,10 @@
 """Probes and metrics. They need no key and disclose nothing of any tenant."""
 
+from functools import lru_cache
 from typing import Literal
 
 import structlog
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
@@ -10,11 +12,13 @@ from pydantic import BaseModel, Field
 from app.api.deps import DatabaseOf, MetricsOf, SettingsOf
 from app.api.http.documentation import problems
 from app.queue import BrokerState, broker_state
-from app.store.session import schema_is_current
+from app.settings import Settings
+from app.store.session import Database, schema_is_current
 from bitwright.errors import Unavailable
 
 router = APIRouter(tags=["health"])
 log = structlog.get_logger(__name__)
+PROBE_THREADS = 4
 
 
 class Health(BaseModel):
@@ -26,8 +30,11 @@ class Health(BaseModel):
 @router.get(
     "/livez", summary="Is the process alive?", operation_id="livez", responses=problems("invalid_request", public=True)
 )
-def livez() -> Health:
-    """Looks at nothing else: a database that is down is no reason to restart the API."""
+async def livez() -> Health:
+    """Looks at nothing else: a database that is down is no reason to restart the API.
+
+    Answered by the event loop itself, so that work in all threads keeps it from nobody.
+    """
     return Health()
 
 
@@ -51,11 +58,21 @@ class Readiness(BaseModel):
     response_model_exclude_none=True,
     responses=problems("unavailable", "invalid_request", public=True),
 )
-def readyz(database: DatabaseOf, settings: SettingsOf) -> Readiness:
+async def readyz(database: DatabaseOf, settings: SettingsOf) -> Readiness:
     """Readiness: the database answers and has this version's schema; the broker's state is said beside it.
 
     A broker that is down is no reason to take no requests: idle workers ask the database by themselves.
     """
+    return await to_thread.run_sync(_readiness, database, settings, limiter=_probe_threads())
+
+
+@lru_cache(maxsize=1)
+def _probe_threads() -> CapacityLimiter:
+    """Threads of probes alone: those of requests may all be at work, which is no reason to start this process anew."""
+    return CapacityLimiter(PROBE_THREADS)
+
+
+def _readiness(database: Database, settings: Settings) -> Readiness:
     if not schema_is_current(database):
         raise Unavailable("the database has another schema", hint="run `bitwright migrate`")
     broker = broker_state(settings.broker_url) if settings.broker_url else None
@@ -72,6 +89,7 @@ def readyz(database: DatabaseOf, settings: SettingsOf) -> Readiness:
         **problems("unavailable", "invalid_request", public=True),
     },
 )
-def get_metrics(metrics: MetricsOf) -> Response:
+async def get_metrics(metrics: MetricsOf) -> Response:
     """Requests, event streams, and jobs by status."""
-    return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    text = await to_thread.run_sync(generate_latest, metrics.registry, limiter=_probe_threads())
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

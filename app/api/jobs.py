@@ -1,39 +1,72 @@
 """Jobs: submit, look, cancel, retry, delete."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
-from sqlalchemy.orm import Session
+from starlette.datastructures import QueryParams
 
 from app.api.auth import Reader, Submitter
-from app.api.deps import BlobsOf, DatabaseOf, HubOf, IdempotencyHeader, InspectorOf, MetricsOf, SettingsOf
+from app.api.deps import (
+    BlobsOf,
+    DatabaseOf,
+    HubOf,
+    HubTokenHeader,
+    IdempotencyHeader,
+    InspectorOf,
+    MetricsOf,
+    QueueOf,
+    SettingsOf,
+    VaultOf,
+)
 from app.api.http.documentation import problems, text_header
 from app.api.representations import job_view
 from app.api.submission.base_jobs import find_base_job
 from app.api.submission.capacity import capacity_warnings, require_capacity
 from app.api.submission.job_examples import REQUEST_BODY
+from app.api.submission.kept import Kept
 from app.api.submission.preflight import find_sources, judge_model, look_at_hub
+from app.api.tenancy.admission import NO_ROOM, actor, require_allowed
+from app.api.tenancy.queueing import (
+    estimated_cost,
+    has_token,
+    policy_and_settings,
+    queue_job,
+)
 from app.api.views import JobView, PreflightView
 from app.domain.request.asked_recipe import asked_recipe
 from app.domain.request.job_request import JobRequest
+from app.domain.request.sources import LocalModel
 from app.queue import notify_workers
 from app.store.artifacts import ArtifactRepository
+from app.store.audit import record
+from app.store.hub_tokens import TOKEN_FIELD, checked_token, keep_token
 from app.store.idempotency import Idempotency
+from app.store.ids import id_pattern
+from app.store.job_pages import JobFilters
 from app.store.jobs import JobRepository
 from app.store.models import Job
+from app.store.quotas import require_queue_room
 from app.store.session import Database
 from app.store.uploads import UploadRepository
-from app.store.waiting import Place, places
+from app.store.waiting import Place
 from app.store.workers import list_workers, live_classes
+from bitwright.errors import InvalidRequest
 from bitwright.job_states import JobStatus
 from bitwright.views import Page
+from bitwright.whole_numbers import with_whole_numbers
 
 router = APIRouter(tags=["jobs"])
 log = structlog.get_logger(__name__)
 
 POLL_AFTER_SECONDS = 2
 METADATA_PREFIX = "metadata."
+MAX_LABELS = 16
+LABEL_PATTERN = r"^metadata\..+$"
+Cursor = Annotated[
+    str | None, Query(description="`next_cursor` of the page before.", json_schema_extra={"pattern": id_pattern("job")})
+]
 INPUT_PROBLEMS = (
     "source_not_found",
     "source_forbidden",
@@ -68,7 +101,7 @@ ACCEPTED = {
     responses={
         200: {"description": "Dry run: nothing is stored.", "model": PreflightView},
         202: ACCEPTED,
-        **problems("body_too_large", "idempotency_key_reused", "exceeds_capacity", *INPUT_PROBLEMS),
+        **problems("body_too_large", "idempotency_key_reused", "exceeds_capacity", *NO_ROOM, *INPUT_PROBLEMS),
     },
 )
 def create_job(
@@ -82,7 +115,11 @@ def create_job(
     blobs: BlobsOf,
     metrics: MetricsOf,
     hub: HubOf,
+    queue: QueueOf,
     inspector: InspectorOf,
+    vault: VaultOf,
+    http: Request,
+    hub_token: HubTokenHeader = None,
     dry_run: Annotated[bool, Query(description="Check, expand and estimate; store nothing.")] = False,
     idempotency_key: IdempotencyHeader = None,
 ) -> Any:
@@ -94,6 +131,7 @@ def create_job(
 
     With `base_job`, or a job's id as `model`, finetuning starts from that job's result instead of quantizing.
     """
+    body = with_whole_numbers(body)
     with database.reading() as session:
         tenant = (session, principal.tenant_id)
         jobs = JobRepository(*tenant)
@@ -101,15 +139,21 @@ def create_job(
         base_job = find_base_job(body, jobs, ArtifactRepository(*tenant), blobs, replayed)
     request = JobRequest.parse(body, base_job)
     idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
+    token = None if hub_token is None else checked_token(hub_token)
     with database.reading() as session:
         if idempotency is not None and not dry_run:
             # Before anything is looked at: the model may be gone by now, and the job is there all the same.
             replayed_job = JobRepository(session, principal.tenant_id).find_replayed(idempotency)
             if replayed_job is not None:
-                return accepted(session, replayed_job, response)
+                return accepted(replayed_job, response, queue)
+        policy, settings = policy_and_settings(session, principal, settings)
+        if not isinstance(request.model, LocalModel):  # of a local one the real path counts
+            require_allowed(policy, request)
+        hub = None if has_token(session, principal, token) else hub
     seen = look_at_hub(request, hub)
     with database.reading() as session:
         preflight, model = find_sources(request, settings, UploadRepository(session, principal.tenant_id), blobs)
+        require_allowed(policy, preflight.request)
     judge_model(preflight, model, inspector, principal.tenant_id, seen)
     with database.reading() as session:
         alive = [state.worker for state in list_workers(session)]
@@ -122,16 +166,18 @@ def create_job(
             estimates=preflight.estimates,
             warnings=preflight.warnings,
             not_checked=preflight.not_checked,
+            cost=estimated_cost(preflight.estimates, settings),
         )
         return Response(view.model_dump_json(), media_type="application/json")
     with database.transaction() as session:
         recipe = asked_recipe(body, preflight.request)
-        job = JobRepository(session, principal.tenant_id).add(preflight.request, recipe=recipe, idempotency=idempotency)
-        view_of_job = accepted(session, job, response)
-        if not job.replayed:
-            view_of_job = view_of_job.model_copy(update={"not_checked": preflight.not_checked})
+        given = {"recipe": recipe, "idempotency": idempotency, "vault": vault, "token": token}
+        job = queue_job(session, http, principal, policy, preflight.request, **given)
         alive_classes = live_classes(session)
+    queue.forget()
+    view_of_job = accepted(job, response, queue)
     if not job.replayed:
+        view_of_job = view_of_job.model_copy(update={"not_checked": preflight.not_checked})
         metrics.submitted.labels(job.method).inc()
         log.info("job_queued", job_id=job.id, method=job.method, device=job.device)
         # After the commit, and after the answer: a broker that is down keeps no caller waiting.
@@ -139,16 +185,16 @@ def create_job(
     return view_of_job
 
 
-def accepted(session: Session, job: Job, response: Response) -> JobView:
+def accepted(job: Job, response: Response, queue: Kept[Mapping[str, Place]]) -> JobView:
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     response.headers["Retry-After"] = str(POLL_AFTER_SECONDS)
     if job.replayed:
         response.headers["Idempotency-Replayed"] = "true"
-    return job_view(job, [], _place(session, job))
+    return job_view(job, [], _place(job, queue))
 
 
-def _place(session: Session, job: Job) -> Place | None:
-    return places(session).get(job.id) if job.status is JobStatus.QUEUED else None
+def _place(job: Job, queue: Kept[Mapping[str, Place]]) -> Place | None:
+    return queue().get(job.id) if job.status is JobStatus.QUEUED else None
 
 
 @router.get(
@@ -161,9 +207,15 @@ def _place(session: Session, job: Job) -> Place | None:
             {
                 "name": "metadata",
                 "in": "query",
-                "description": "Only jobs with these labels, e.g. `metadata.commit=abc123`; several must all match.",
+                "description": "Only jobs with these labels, e.g. `metadata.commit=abc123`; several must all match. "
+                "Each stands in the query as a parameter of its own.",
                 "required": False,
-                "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+                "schema": {
+                    "type": "object",
+                    "propertyNames": {"pattern": LABEL_PATTERN},
+                    "additionalProperties": {"type": "string"},
+                    "maxProperties": MAX_LABELS,
+                },
                 "style": "form",
                 "explode": True,
             }
@@ -175,7 +227,8 @@ def list_jobs(
     request: Request,
     principal: Reader,
     database: DatabaseOf,
-    after: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
+    queue: QueueOf,
+    after: Cursor = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Jobs a page.")] = 50,
     status: Annotated[JobStatus | None, Query(description="Only jobs in this status.")] = None,
     method: Annotated[str | None, Query(max_length=64, description="Only jobs of this method or recipe.")] = None,
@@ -187,18 +240,27 @@ def list_jobs(
 
     Labels filter by `metadata.<name>=<value>`.
     """
-    labels = {
-        name.removeprefix(METADATA_PREFIX): value
-        for name, value in request.query_params.items()
-        if name.startswith(METADATA_PREFIX)
-    }
+    filters = JobFilters(status=status, method=method, model=model, labels=labels_of(request.query_params))
     with database.reading() as session:
-        page = JobRepository(session, principal.tenant_id).page(
-            after=after, limit=limit, status=status, method=method, model=model, metadata=labels or None
-        )
-        queue = places(session) if any(job.status is JobStatus.QUEUED for job in page.items) else {}
-        items = [job_view(job, place=queue.get(job.id)) for job in page.items]
-        return Page(items=items, next_cursor=page.next_cursor)
+        page = JobRepository(session, principal.tenant_id).page(after=after, limit=limit, filters=filters)
+    items = [job_view(job, place=_place(job, queue)) for job in page.items]
+    return Page(items=items, next_cursor=page.next_cursor)
+
+
+def labels_of(query: QueryParams) -> dict[str, str]:
+    """The labels that a query filters by.
+
+    Raises:
+        InvalidRequest: more than a job can have.
+    """
+    labels = {
+        name.removeprefix(METADATA_PREFIX): value for name, value in query.items() if name.startswith(METADATA_PREFIX)
+    }
+    if len(labels) > MAX_LABELS:
+        detail = f"a list takes up to {MAX_LABELS} filters by label, as many as a job can have; this has {len(labels)}"
+        hint = f"leave {len(labels) - MAX_LABELS} of them out"
+        raise InvalidRequest(detail, field="query.metadata", value=len(labels), hint=hint)
+    return labels
 
 
 @router.get(
@@ -207,17 +269,18 @@ def list_jobs(
     operation_id="get_job",
     responses=problems("not_found"),
 )
-def get_job(job_id: str, principal: Reader, database: DatabaseOf) -> JobView:
+def get_job(job_id: str, principal: Reader, database: DatabaseOf, queue: QueueOf) -> JobView:
     """A job with its request in full, its progress, its attempts, and its report once it has succeeded."""
-    return read_job(database, principal.tenant_id, job_id)
+    return read_job(database, principal.tenant_id, job_id, queue)
 
 
-def read_job(database: Database, tenant_id: str, job_id: str) -> JobView:
+def read_job(database: Database, tenant_id: str, job_id: str, queue: Kept[Mapping[str, Place]]) -> JobView:
     """The job as it is now, attempts and report included."""
     with database.reading() as session:
         repository = JobRepository(session, tenant_id)
         job = repository.get(job_id)
-        return job_view(job, repository.attempts(job_id), _place(session, job))
+        attempts = repository.attempts(job_id)
+    return job_view(job, attempts, _place(job, queue))
 
 
 @router.delete(
@@ -231,6 +294,7 @@ def delete_job(job_id: str, principal: Submitter, database: DatabaseOf) -> None:
     """Remove a final job with its events and artifacts. Cancel one that is not final first."""
     with database.transaction() as session:
         JobRepository(session, principal.tenant_id).delete(job_id)
+        record(session, actor(principal), "job.deleted", job_id)
     log.info("job_deleted", job_id=job_id)
 
 
@@ -244,12 +308,14 @@ def delete_job(job_id: str, principal: Submitter, database: DatabaseOf) -> None:
         **problems("not_found", "illegal_transition"),
     },
 )
-def cancel_job(job_id: str, principal: Submitter, database: DatabaseOf) -> JobView:
+def cancel_job(job_id: str, principal: Submitter, database: DatabaseOf, queue: QueueOf) -> JobView:
     """End a queued job at once; a running one's process ends within seconds."""
     with database.transaction() as session:
         JobRepository(session, principal.tenant_id).cancel(job_id)
+        record(session, actor(principal), "job.cancelled", job_id)
+    queue.forget()
     log.info("job_cancel_requested", job_id=job_id)
-    return read_job(database, principal.tenant_id, job_id)
+    return read_job(database, principal.tenant_id, job_id, queue)
 
 
 @router.post(
@@ -257,13 +323,34 @@ def cancel_job(job_id: str, principal: Submitter, database: DatabaseOf) -> JobVi
     summary="Retry a job",
     operation_id="retry_job",
     status_code=202,
-    responses={202: {"description": "Queued again."}, **problems("not_found", "illegal_transition")},
+    responses={202: {"description": "Queued again."}, **problems("not_found", "illegal_transition", *NO_ROOM)},
 )
-def retry_job(job_id: str, principal: Submitter, database: DatabaseOf, background: BackgroundTasks) -> JobView:
-    """Queue a failed or cancelled job again. Blocks that were finished are not computed again."""
+def retry_job(
+    *,
+    job_id: str,
+    principal: Submitter,
+    settings: SettingsOf,
+    database: DatabaseOf,
+    vault: VaultOf,
+    queue: QueueOf,
+    background: BackgroundTasks,
+    hub_token: HubTokenHeader = None,
+) -> JobView:
+    """Queue a failed or cancelled job again. Blocks that were finished are not computed again.
+
+    The job's own Hub token was erased at its end: send it again if the model is still to be fetched.
+    """
+    token = None if hub_token is None else checked_token(hub_token)
     with database.transaction() as session:
         job = JobRepository(session, principal.tenant_id).retry(job_id)
+        # Behind the retry, which tells whether there is such a job; a refusal takes it back.
+        policy, _ = policy_and_settings(session, principal, settings)
+        require_queue_room(session, principal.tenant_id, policy.quotas, queued=1)
+        if token is not None:
+            keep_token(session, vault, token, tenant_id=principal.tenant_id, job_id=job_id, field=TOKEN_FIELD)
+        record(session, actor(principal), "job.retried", job_id)
         alive = live_classes(session)
+    queue.forget()
     log.info("job_retried", job_id=job_id)
     background.add_task(notify_workers, job.device, alive)
-    return read_job(database, principal.tenant_id, job_id)
+    return read_job(database, principal.tenant_id, job_id, queue)

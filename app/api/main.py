@@ -1,7 +1,7 @@
-"""The application. `uvicorn --factory app.api.main:create_app` serves it with settings from the environment."""
+"""The application. `bitwright api` serves it with settings from the environment (`app.cli.api_server`)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence, Set
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 
 from app.api import architectures, artifacts, events, formats, health, jobs, methods, pages, uploads, workers
+from app.api.admin import audit, keys, tenants, usage
 from app.api.deps import State
 from app.api.event_feed import POLL_LIMIT, EventFeed
 from app.api.http import archive
@@ -19,16 +20,25 @@ from app.api.http.strictness import refuse_unread
 from app.api.metrics import Metrics
 from app.api.submission import exports
 from app.api.submission.hub_child import HubChild
+from app.api.submission.kept import Kept
+from app.api.tenancy.later import WrittenLater
+from app.api.tenancy.store_gauges import StoreGauges
 from app.inspection.inspector import inspector_of_process
 from app.logs import configure_logging
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.events import StoredEvent, events_after
+from app.store.hub_tokens import Vault
 from app.store.jobs import count_by_status
-from app.store.session import Database
+from app.store.keys import good_keys
+from app.store.session import REQUESTS, Database
+from app.store.waiting import Place, places
 
 MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health, pages)
-ROUTERS = tuple(module.router for module in MODULES)
+QUEUE_SECONDS = 1.0
+"""Places of queued jobs are so old at the most; of what this process itself has queued or cancelled, new."""
+ADMIN_MODULES = (tenants, keys, usage, audit)
+ROUTERS = tuple(module.router for module in (*MODULES, *ADMIN_MODULES))
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -62,7 +72,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def build_state(settings: Settings) -> State:
     """State that the application's requests share."""
-    database = Database(settings.database_url)
+    database = Database(settings.database_url, REQUESTS)
 
     def read_events(cursors: Mapping[str, int]) -> Sequence[StoredEvent]:
         with database.reading() as session:
@@ -72,14 +82,33 @@ def build_state(settings: Settings) -> State:
         with database.reading() as session:
             return {status.value: count for status, count in count_by_status(session).items()}
 
-    feed = EventFeed(read_events, poll_seconds=settings.event_poll_seconds, max_streams=settings.max_streams)
+    def read_queue() -> Mapping[str, Place]:
+        with database.reading() as session:
+            return places(session)
+
+    def keys_that_are_good(key_ids: Set[str]) -> Set[str]:
+        with database.reading() as session:
+            return good_keys(session, key_ids)
+
+    metrics = Metrics(count_jobs, lambda: feed.streams)
+    metrics.registry.register(StoreGauges(database, by_tenant=settings.metrics_by_tenant))
+    feed = EventFeed(
+        read_events,
+        poll_seconds=settings.event_poll_seconds,
+        max_streams=settings.max_streams,
+        max_streams_of_key=settings.max_streams_of_key or max(settings.max_streams // 4, 1),
+        good_keys=keys_that_are_good,
+    )
     return State(
         settings=settings,
         database=database,
         blobs=open_blobs(settings.blob_url),
         feed=feed,
-        metrics=Metrics(count_jobs, lambda: feed.streams),
+        metrics=metrics,
+        later=WrittenLater(database),
+        vault=Vault(settings.token_keys),
         inspector=inspector_of_process(),
+        queue=Kept(read_queue, QUEUE_SECONDS),
         hub=HubChild(settings) if settings.looks_at_hub else None,
     )
 
@@ -98,12 +127,15 @@ class Application(FastAPI):
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: State = app.state.bitwright
     poller = asyncio.create_task(state.feed.run(), name="event-feed")
+    writer = asyncio.create_task(state.later.run(), name="later-writes")
     try:
         yield
     finally:
-        poller.cancel()
-        with suppress(asyncio.CancelledError):
-            await poller
+        for task in (poller, writer):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await asyncio.to_thread(state.later.close)
         if state.hub is not None:
             state.hub.close()
         state.database.close()

@@ -6,6 +6,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from app.api.submission.kept import Kept
+
+COUNTED_SECONDS = 10.0
+"""All jobs are counted at most so often, however often metrics are read: to count them reads an index in full."""
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -38,10 +42,10 @@ class Metrics:
 
 
 class JobCounts(Collector):
-    """Jobs by status, read from the store whenever metrics are read."""
+    """Jobs by status, read from the store when metrics are read, at most once in `COUNTED_SECONDS`."""
 
     def __init__(self, count_jobs: Callable[[], Mapping[str, int]]) -> None:
-        self._count_jobs = count_jobs
+        self._count_jobs = Kept(count_jobs, COUNTED_SECONDS)
 
     def describe(self) -> Iterable[Metric]:
         """The metric without values, so that registering asks the store nothing."""

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,10 +45,10 @@ class PartsFolder:
         """The file for the upload's file at this position; its name is never taken from the caller."""
         return self._folder / f"{position:04d}.part"
 
-    def open_at(self, position: int, offset: int) -> BinaryIO:
-        """The file, cut to `offset` bytes and open for what follows."""
+    def open_at(self, position: int, offset: int) -> FileIO:
+        """The file, cut to `offset` bytes and open for what follows; not buffered: a full disk is told by the write."""
         descriptor = os.open(self.path(position), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        file = os.fdopen(descriptor, "r+b")
+        file = FileIO(descriptor, "r+b")
         file.truncate(offset)
         file.seek(offset)
         return file
@@ -58,6 +59,15 @@ class PartsFolder:
             return self.path(position).stat().st_size
         except FileNotFoundError:
             return 0
+
+    def open_whole(self, position: int) -> BinaryIO:
+        """The file, open for reading. One of no bytes need not have been sent."""
+        self.open_at(position, self.present(position)).close()
+        return self.path(position).open("rb")
+
+    def discard(self, position: int) -> None:
+        """Delete the file."""
+        self.path(position).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete all parts."""

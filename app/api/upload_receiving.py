@@ -3,17 +3,18 @@
 import os
 import re
 from dataclasses import dataclass
-from typing import BinaryIO
+from io import FileIO
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from app.api.upload_parts import PartsFolder
+from app.domain.full_disk import disk_full
 from app.store.models import Upload, UploadFile
 from app.store.session import Database
 from app.store.uploads import BEGIN_ANEW, UploadRepository
-from bitwright.errors import Conflict, InvalidRequest, NotFound
+from bitwright.errors import Conflict, DiskFull, InvalidRequest, NotFound
 
 CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 BUFFER = 1 << 20
@@ -99,29 +100,49 @@ async def receive_part(request: Request, parts: PartsFolder, position: int, star
 
     Raises:
         TornPart: the body ended early or is too long. What counts is on disk.
+        DiskFull: it is; the bytes of this part are freed, those of parts before stay.
     """
-    reached, buffer = start, bytearray()
     file = await run_in_threadpool(parts.open_at, position, start)
-    detail = ""
     with file:
         try:
-            async for chunk in request.stream():
-                if reached + len(buffer) + len(chunk) > end:
-                    detail = "the body is longer than its Content-Range says"
-                    break
-                buffer += chunk
-                if len(buffer) >= BUFFER:
-                    reached += await run_in_threadpool(file.write, bytes(buffer))
-                    buffer.clear()
-        except ClientDisconnect:
-            detail = "the connection broke"
-        reached += await run_in_threadpool(file.write, bytes(buffer))
-        await run_in_threadpool(_sync, file)
+            reached, detail = await _receive(request, file, start, end)
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            await run_in_threadpool(file.truncate, start)
+            hint = "send the part again when the operator has made room; HEAD tells where to go on"
+            raise DiskFull("the disk that takes uploads is full", value=start, hint=hint) from error
     if detail or reached < end:
         raise TornPart(detail or f"the body ended {end - reached} bytes early", reached)
     return reached
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
+async def _receive(request: Request, file: FileIO, start: int, end: int) -> tuple[int, str]:
+    """Write the body up to `end`; the offset reached, all of it on disk, and what ended it early, if anything did."""
+    reached, buffer, detail = start, bytearray(), ""
+    try:
+        async for chunk in request.stream():
+            if reached + len(buffer) + len(chunk) > end:
+                detail = "the body is longer than its Content-Range says"
+                break
+            buffer += chunk
+            if len(buffer) >= BUFFER:
+                reached += await run_in_threadpool(_write, file, bytes(buffer))
+                buffer.clear()
+    except ClientDisconnect:
+        detail = "the connection broke"
+    reached += await run_in_threadpool(_write, file, bytes(buffer))
+    await run_in_threadpool(_sync, file)
+    return reached, detail
+
+
+def _write(file: FileIO, content: bytes) -> int:
+    """Write all of it: the operating system may take less at once, as before a full disk. Bytes written."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+    return len(content)
+
+
+def _sync(file: FileIO) -> None:
     os.fsync(file.fileno())

@@ -1,5 +1,8 @@
 """Uploads: a checkpoint or a text in parts, resumed where a connection broke, checked by hash when complete."""
 
+import hashlib
+import shutil
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import structlog
@@ -10,24 +13,33 @@ from app.api.auth import Submitter
 from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, SettingsOf
 from app.api.http.documentation import problems, text_header
 from app.api.representations import upload_view
+from app.api.tenancy.admission import actor
 from app.api.upload_parts import PartsFolder
 from app.api.upload_receiving import Target, TornPart, find_file, parse_content_range, receive_part
 from app.domain.inputs.foreign_files import PICKLED, foreign_files, gguf_file
 from app.domain.inputs.inspection import CONFIG, is_plain_name
 from app.domain.inputs.jsonl import check_jsonl
 from app.settings import Settings
-from app.store.blobs import BlobStore
+from app.store.audit import record
+from app.store.blobs import BlobStore, blob_folder
 from app.store.idempotency import Idempotency
+from app.store.ids import id_pattern
 from app.store.models import Upload, UploadFile
+from app.store.quotas import require_upload_room
 from app.store.session import Database
+from app.store.tenants import policy_of
 from app.store.uploads import SEND_THE_REST, NewUploadFile, UploadRepository
+from app.store.usage import add_usage
 from bitwright.errors import (
     BodyTooLarge,
     Conflict,
+    DiskFull,
     FieldProblem,
-    InvalidDataset,
+    InputError,
     InvalidRequest,
     MalformedBody,
+    RequestError,
+    StorageError,
     UnsafeCheckpoint,
 )
 from bitwright.views import Page, UploadRequest, UploadView
@@ -35,6 +47,8 @@ from bitwright.views import Page, UploadRequest, UploadView
 router = APIRouter(tags=["uploads"])
 log = structlog.get_logger(__name__)
 
+SPARE_BYTES = 256 << 20
+"""Left free for the database and the logs."""
 OFFSET = {"Upload-Offset": text_header("Bytes of the file that have arrived; the next part starts here.", "integer")}
 CREATED = {
     "description": "Open for parts; with a repeated Idempotency-Key, the earlier upload as it is by now.",
@@ -59,7 +73,10 @@ PART_BODY: dict[str, Any] = {
     status_code=201,
     responses={
         201: CREATED,
-        **problems("body_too_large", "unsafe_checkpoint", "unsupported_checkpoint", "idempotency_key_reused"),
+        **problems(
+            *("body_too_large", "unsafe_checkpoint", "unsupported_checkpoint", "idempotency_key_reused", "disk_full"),
+            *("rate_limit_exceeded", "uploads_exceeded", "storage_exceeded"),
+        ),
     },
 )
 def create_upload(
@@ -79,8 +96,15 @@ def create_upload(
             return _created(earlier, response)
     check_files(body, settings)
     files = [NewUploadFile(file.name, file.size, file.sha256) for file in body.files]
+    with database.reading() as session:
+        pending = UploadRepository(session, principal.tenant_id).pending_bytes()
+    require_room(settings, sum(file.size for file in files), pending)
     with database.transaction() as session:
+        policy = policy_of(session, principal.tenant_id, settings.tenant_quotas)
+        require_upload_room(session, principal.tenant_id, policy.quotas, sum(file.size for file in files))
         upload = UploadRepository(session, principal.tenant_id).create(files, idempotency=idempotency)
+        if not upload.replayed:
+            record(session, actor(principal), "upload.created", upload.id)
         return _created(upload, response)
 
 
@@ -89,6 +113,30 @@ def _created(upload: Upload, response: Response) -> UploadView:
     if upload.replayed:
         response.headers["Idempotency-Replayed"] = "true"
     return upload_view(upload)
+
+
+def require_room(settings: Settings, size: int, pending: int) -> None:
+    """Check that an upload of `size` bytes finds room, beside the `pending` ones that the tenant has announced before.
+
+    Each byte is needed twice where parts and blobs share a disk: parts stay until all is stored.
+
+    Raises:
+        DiskFull: a disk has less left.
+    """
+    wanted = (settings.upload_dir, blob_folder(settings.blob_url))
+    folders = [_nearest(folder) for folder in wanted if folder is not None]
+    devices = [folder.stat().st_dev for folder in folders]
+    for folder, device in zip(folders, devices, strict=True):
+        free = shutil.disk_usage(folder).free - SPARE_BYTES
+        if size * devices.count(device) + pending > free:
+            detail = f"the files have {size} bytes together; the disk for uploads has {max(free, 0)} left for them"
+            hint = "send less, delete uploads that are no longer needed, or ask the operator for room"
+            raise DiskFull(detail, field="files", value=size, hint=hint)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the one above it that is there already."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def check_files(body: UploadRequest, settings: Settings) -> None:
@@ -139,7 +187,10 @@ def list_uploads(
     *,
     principal: Submitter,
     database: DatabaseOf,
-    after: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
+    after: Annotated[
+        str | None,
+        Query(description="`next_cursor` of the page before.", json_schema_extra={"pattern": id_pattern("upl")}),
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Uploads a page.")] = 50,
     status: Annotated[Literal["open", "complete"] | None, Query(description="Only uploads in this status.")] = None,
 ) -> Page[UploadView]:
@@ -173,6 +224,7 @@ def delete_upload(upload_id: str, principal: Submitter, settings: SettingsOf, da
     """Remove an upload that no unfinished job reads."""
     with database.transaction() as session:
         UploadRepository(session, principal.tenant_id).delete(upload_id)
+        record(session, actor(principal), "upload.deleted", upload_id)
     PartsFolder(settings.upload_dir, upload_id).remove()
 
 
@@ -199,7 +251,7 @@ def head_file(upload_id: str, name: str, principal: Submitter, database: Databas
     openapi_extra=PART_BODY,
     responses={
         204: {"description": "The part has arrived.", "headers": OFFSET},
-        **problems("not_found", "conflict", "request_in_progress"),
+        **problems("not_found", "conflict", "request_in_progress", "disk_full"),
     },
 )
 async def put_part(
@@ -245,7 +297,7 @@ async def put_part(
     "/v1/uploads/{upload_id}/complete",
     summary="Complete an upload",
     operation_id="complete_upload",
-    responses=problems("not_found", "conflict", "request_in_progress", "invalid_dataset"),
+    responses=problems("not_found", "conflict", "request_in_progress", "invalid_dataset", "disk_full"),
 )
 def complete_upload(
     upload_id: str, principal: Submitter, settings: SettingsOf, database: DatabaseOf, blobs: BlobsOf
@@ -263,9 +315,13 @@ def complete_upload(
             return upload_view(upload)
         _require_all_bytes(upload)
         for file in upload.files:
-            _keep(file, parts, database, blobs)
+            _check(file, parts, database)
+        for file in upload.files:
+            _keep(file, parts, blobs)
         with database.transaction() as session:
             view = upload_view(UploadRepository(session, principal.tenant_id).complete(upload_id))
+            add_usage(session, principal.tenant_id, uploaded_bytes=sum(file.size for file in view.files))
+            record(session, actor(principal), "upload.completed", upload_id)
     parts.remove()
     log.info("upload_completed", upload_id=upload_id, files=len(view.files))
     return view
@@ -282,24 +338,39 @@ def _require_all_bytes(upload: Upload) -> None:
         raise Conflict(f"not all bytes have arrived: {', '.join(missing[:10])}", hint=SEND_THE_REST)
 
 
-def _keep(file: UploadFile, parts: PartsFolder, database: Database, blobs: BlobStore) -> None:
-    """Move a file into the blob store if it is what was announced.
+def _check(file: UploadFile, parts: PartsFolder, database: Database) -> None:
+    """Check that a file is what was announced, and a text is one. Otherwise its bytes are freed: it can be sent again.
 
     Raises:
-        InvalidRequest: its hash is another one; its bytes are forgotten, so that it can be sent again.
+        InvalidRequest: its hash is another one. That comes first: of bytes mangled on the way the content says nothing.
         InvalidDataset: a line of a text is no record.
     """
-    with parts.open_at(file.position, file.size) as stream:
-        stream.seek(0)
-        if file.name.endswith(".jsonl"):
-            try:
+    with parts.open_whole(file.position) as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        try:
+            if sha256 != file.sha256:
+                detail = f"{file.name} arrived with SHA-256 {sha256}, not {file.sha256}"
+                hint = "send the file again, or begin an upload with the right hash"
+                raise InvalidRequest(detail, field=f"files.{file.position}.sha256", value=sha256, hint=hint)
+            if file.name.endswith(".jsonl"):
+                stream.seek(0)
                 check_jsonl(stream, file.name)
-            except InvalidDataset as error:
-                log.info("upload_refused", upload_id=file.upload_id, code=error.code)
-                raise
+        except (RequestError, InputError) as error:
+            log.info("upload_refused", upload_id=file.upload_id, code=error.code)
+            Target(database, file.tenant_id, file.upload_id, file.name).restart()
+            parts.discard(file.position)
+            raise
+
+
+def _keep(file: UploadFile, parts: PartsFolder, blobs: BlobStore) -> None:
+    """Copy a file, which has been checked, into the blob store.
+
+    Raises:
+        DiskFull: there is no room; what had been written is freed.
+        StorageError: the store has other bytes than were checked.
+    """
     blob = blobs.put(parts.path(file.position))
     if blob.sha256 != file.sha256:
-        Target(database, file.tenant_id, file.upload_id, file.name).restart()
-        detail = f"{file.name} arrived with SHA-256 {blob.sha256}, not {file.sha256}"
-        hint = "send the file again, or begin an upload with the right hash"
-        raise InvalidRequest(detail, field=f"files.{file.position}.sha256", value=blob.sha256, hint=hint)
+        raise StorageError(
+            f"{file.name} changed while it was stored", field=f"files.{file.position}", value=blob.sha256
+        )

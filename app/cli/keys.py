@@ -1,20 +1,19 @@
 """`bitwright keys`: API keys, made and revoked in the database itself, so that a first key can be had."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from app.cli.environment import use_data_dir
+from app.cli.opened import opened_database
 from app.domain.access import Scope
-from app.settings import get_settings
 from bitwright.cli.connection import DataDirOption
 from bitwright.cli.render import err, out, tabbed
 
 if TYPE_CHECKING:
-    from app.store.session import Database
+    from sqlalchemy.orm import Session
+
+    from app.store.models import Tenant
 
 app = typer.Typer(
     add_completion=False,
@@ -24,7 +23,8 @@ app = typer.Typer(
 )
 
 DEFAULT_TENANT = "default"
-TenantOption = Annotated[str, typer.Option("--tenant", help="Name of the tenant; made if there is none.")]
+DAY = 86_400.0
+TenantOption = Annotated[str, typer.Option("--tenant", help="Name of the tenant.")]
 
 
 @app.command()
@@ -32,32 +32,61 @@ def create(
     name: Annotated[str, typer.Option("--name", help="What the key is for.")] = "cli",
     scope: Annotated[list[Scope] | None, typer.Option("--scope", help="May be given several times.")] = None,
     tenant: TenantOption = DEFAULT_TENANT,
+    new_tenant: Annotated[bool, typer.Option("--new-tenant", help="Make the tenant, which there is not yet.")] = False,
+    expires_in_days: Annotated[
+        float | None, typer.Option(min=0, help="Days that it is valid; without it, until it is revoked.")
+    ] = None,
     data_dir: DataDirOption = None,
 ) -> None:
     """Make a key and print it. It cannot be shown again."""
-    from app.store.keys import ensure_tenant, issue_key  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.audit import Actor, record  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.keys import ensure_tenant, issue_key  # noqa: PLC0415
 
-    with _database(data_dir) as database, database.transaction() as session:
-        owner = ensure_tenant(session, tenant)
-        key, plaintext = issue_key(session, owner.id, name=name, scopes=frozenset(scope or [Scope.SUBMIT]))
-        scopes = ", ".join(key.scopes)
-    err().print(f"key {key.id} of tenant {tenant}, scopes: {scopes}; keep it, it is not shown again")
+    seconds = None if expires_in_days is None else expires_in_days * DAY
+    with opened_database(data_dir) as database, database.transaction() as session:
+        owner = ensure_tenant(session, tenant) if new_tenant else _owner(session, tenant)
+        scopes = frozenset(scope or [Scope.SUBMIT])
+        key, plaintext = issue_key(session, owner.id, name=name, scopes=scopes, expires_in_seconds=seconds)
+        record(session, Actor(owner.id), "key.created", key.id, {"scopes": " ".join(key.scopes)})
+        shown = ", ".join(key.scopes)
+    err().print(f"key {key.id} of tenant {tenant}, scopes: {shown}; keep it, it is not shown again")
+    typer.echo(plaintext)
+
+
+@app.command()
+def rotate(
+    key_id: Annotated[str, typer.Argument(help="Id of the key, key_...")],
+    tenant: TenantOption = DEFAULT_TENANT,
+    overlap_hours: Annotated[
+        float, typer.Option(min=0, max=720, help="Hours for which the old key is still valid.")
+    ] = 24.0,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Make a key in place of another one, which is valid until the overlap ends, and print it."""
+    from app.store.audit import Actor, record  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.keys import rotate_key  # noqa: PLC0415
+
+    with opened_database(data_dir) as database, database.transaction() as session:
+        owner = _owner(session, tenant)
+        key, plaintext = rotate_key(session, owner.id, key_id, overlap_seconds=overlap_hours * 3600)
+        record(session, Actor(owner.id), "key.rotated", key_id, {"new_key": key.id})
+    err().print(f"key {key.id} in place of {key_id}, which ends in {overlap_hours:g} hours; keep it")
     typer.echo(plaintext)
 
 
 @app.command("list")
 def list_keys(tenant: TenantOption = DEFAULT_TENANT, data_dir: DataDirOption = None) -> None:
     """List keys, revoked ones too; one line each, divided by tabs, when that is not for a terminal."""
-    from app.store.keys import ensure_tenant, list_keys  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.keys import list_keys  # noqa: PLC0415 (needs the `api` extra)
 
     console, table = out(), Table(box=None, pad_edge=False)
-    for column in ("key", "starts with", "name", "scopes", "created", "revoked"):
+    for column in ("key", "starts with", "name", "scopes", "created", "revoked", "expires", "last used"):
         table.add_column(column, no_wrap=column == "key")
-    with _database(data_dir) as database, database.transaction() as session:
-        for key in list_keys(session, ensure_tenant(session, tenant).id):
-            revoked = key.revoked_at.isoformat(timespec="seconds") if key.revoked_at else ""
-            created = key.created_at.isoformat(timespec="seconds")
-            row = (key.id, key.start, key.name, ", ".join(key.scopes), created, revoked)
+    with opened_database(data_dir) as database, database.transaction() as session:
+        for key in list_keys(session, _owner(session, tenant).id):
+            times = (key.created_at, key.revoked_at, key.expires_at, key.last_used_at)
+            told = (at.isoformat(timespec="seconds") if at else "" for at in times)
+            row = (key.id, key.start, key.name, ", ".join(key.scopes), *told)
             table.add_row(*row) if console.is_terminal else typer.echo(tabbed(*row))
     if console.is_terminal:
         console.print(table)
@@ -70,20 +99,18 @@ def revoke(
     data_dir: DataDirOption = None,
 ) -> None:
     """End a key's life at once."""
-    from app.store.keys import ensure_tenant, revoke_key  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.audit import Actor, record  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.keys import revoke_key  # noqa: PLC0415
 
-    with _database(data_dir) as database, database.transaction() as session:
-        revoke_key(session, ensure_tenant(session, tenant).id, key_id)
+    with opened_database(data_dir) as database, database.transaction() as session:
+        owner = _owner(session, tenant)
+        revoke_key(session, owner.id, key_id)
+        record(session, Actor(owner.id), "key.revoked", key_id)
     out().print(f"revoked {key_id}")
 
 
-@contextmanager
-def _database(data_dir: "DataDirOption") -> Iterator["Database"]:
-    from app.store.session import Database  # noqa: PLC0415 (needs the `api` extra)
+def _owner(session: "Session", name: str) -> "Tenant":
+    """The tenant of this name. The default one is made where it is missing; a slip in another name makes none."""
+    from app.store.keys import ensure_tenant, find_tenant  # noqa: PLC0415 (needs the `api` extra)
 
-    use_data_dir(data_dir)
-    database = Database(get_settings().database_url)
-    try:
-        yield database
-    finally:
-        database.close()
+    return (ensure_tenant if name == DEFAULT_TENANT else find_tenant)(session, name)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from app.cli.environment import apply, use_data_dir
+from app.cli.private_files import keep_private
 from bitwright.cli.connection import DataDirOption
 from bitwright.cli.render import out
 from bitwright.errors import RequestError
@@ -32,12 +33,13 @@ def worker(
         raise RequestError(
             "a worker needs a broker", field="broker_url", hint="set BITWRIGHT_BROKER_URL, or run `bitwright serve`"
         )
+    keep_private(settings)
     _become(worker_command())
 
 
 def sweep(data_dir: DataDirOption = None) -> None:
     """Run the sweep: it takes back lost jobs and notifies idle workers."""
-    use_data_dir(data_dir)
+    keep_private(use_data_dir(data_dir))
     _become(sweep_command())
 
 
@@ -46,7 +48,7 @@ def migrate(data_dir: DataDirOption = None) -> None:
     from app.store.session import migrate as upgrade  # noqa: PLC0415 (needs the `api` extra)
 
     settings = use_data_dir(data_dir)
-    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    keep_private(settings)
     upgrade(settings.database_url)
     out().print("the database has the newest schema")
 

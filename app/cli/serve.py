@@ -18,9 +18,11 @@ import structlog
 import typer
 
 from app.cli.announcement import Announcement, own_workers
+from app.cli.api import HostOption, PortOption, bound_socket
 from app.cli.broker import broker_program, broker_url, runtime_folder
 from app.cli.children import Children, Program
 from app.cli.environment import apply
+from app.cli.private_files import keep_private
 from app.cli.processes import sweep_command, worker_command
 from app.domain.access import Scope
 from app.logs import configure_logging
@@ -33,16 +35,12 @@ log = structlog.get_logger(__name__)
 
 BOOTSTRAP_TENANT = "default"
 LOCK_NAME = "serve.lock"
-STREAMS_END_SECONDS = 3
-"""Open event streams and downloads get so long to end when the service stops."""
 
 
 def serve(
     data_dir: DataDirOption = None,
-    host: Annotated[str | None, typer.Option(help="Address to bind.", show_default="127.0.0.1")] = None,
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port to bind; 0: any free one.", show_default="8080")
-    ] = None,
+    host: HostOption = None,
+    port: PortOption = None,
     model_root: Annotated[
         list[Path] | None,
         typer.Option(
@@ -57,10 +55,11 @@ def serve(
     roots = os.pathsep.join(str(root.expanduser().absolute()) for root in model_root) if model_root else None
     flags = {"data_dir": data_dir, "host": host, "port": port, "model_roots": roots, "device": device}
     settings = apply(flags)
+    keep_private(settings)
     with ExitStack() as stack:
         stack.enter_context(_signals_as_interrupts())
         stack.enter_context(_data_folder_lock(settings.data_dir))
-        listener = stack.enter_context(_bind(settings))
+        listener = stack.enter_context(bound_socket(settings))
         programs = []
         if not settings.broker_url:
             folder = stack.enter_context(runtime_folder())
@@ -111,17 +110,9 @@ def _prepare_database(settings: Settings) -> tuple[str, bool]:
 
 def _serve_api(listener: socket.socket, announcement: Announcement) -> bool:
     """Run the API until a signal; whether it ever came up."""
-    import uvicorn  # noqa: PLC0415 (needs the `api` extra)
+    from app.cli.api_server import Server  # noqa: PLC0415 (needs the `api` extra)
 
-    server = uvicorn.Server(
-        uvicorn.Config(
-            "app.api.main:create_app",
-            factory=True,
-            log_config=None,
-            timeout_graceful_shutdown=STREAMS_END_SECONDS,
-            server_header=False,
-        )
-    )
+    server = Server(announcement.settings)
     ended = threading.Event()
 
     def announce() -> None:
@@ -169,7 +160,6 @@ def _data_folder_lock(data_dir: Path) -> Iterator[None]:
     """
     import fcntl  # noqa: PLC0415 (not on Windows, where only `serve` is missing)
 
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (data_dir / LOCK_NAME).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,23 +170,6 @@ def _data_folder_lock(data_dir: Path) -> Iterator[None]:
                 f"a service already runs on {data_dir}{where}", hint="use it, or give another folder with --data-dir"
             ) from None
         yield
-
-
-@contextmanager
-def _bind(settings: Settings) -> Iterator[socket.socket]:
-    """A socket on the configured address, bound before anything starts, so that a taken port costs nothing."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[
-            0
-        ]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        raise Conflict(f"cannot listen on {where}: {error.strerror}", hint="choose another --port; 0 is any") from error
-    with listener:
-        yield listener
 
 
 def _url(settings: Settings, listener: socket.socket) -> str:

@@ -1,7 +1,9 @@
 """Access rights: the scopes of an API key and the principal that a key stands for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from bitwright.tenancy import Quotas
 
 
 class Scope(StrEnum):
@@ -19,6 +21,8 @@ class Principal:
     tenant_id: str
     key_id: str
     scopes: frozenset[Scope]
+    quotas: Quotas = field(default_factory=Quotas)
+    """The tenant's own, without the service's defaults."""
 
     def allows(self, needed: Scope) -> bool:
         """True if one of the scopes is, or includes, `needed`."""

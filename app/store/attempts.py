@@ -20,8 +20,9 @@ from app.store.clock import now, seconds_from_now
 from app.store.documents import document
 from app.store.endings import close_attempt, end_with_error
 from app.store.ids import new_id
-from app.store.models import Artifact, Attempt, Event, Job
+from app.store.models import Artifact, Attempt, Event, Job, Tenant
 from app.store.status import NOT_RUNNING, enter
+from app.store.usage import CURRENCY, add_usage, job_cost
 from bitwright.errors import AttemptSuperseded, BitwrightError, InvalidRequest
 from bitwright.events import BlockEvent, CheckpointEvent, ProgressEvent
 from bitwright.job_states import FINAL_STATUSES, DeviceClass, JobStatus
@@ -52,16 +53,39 @@ class NewArtifact:
     media_type: str
 
 
-def claim(session: Session, *, worker_id: str, device_class: DeviceClass, lease_seconds: float) -> Claim | None:
+@dataclass(frozen=True)
+class Terms:
+    """What a worker gives to each of its attempts, and at which price.
+
+    devices        GPUs, or processes on a CPU
+    price_micros   millionths of the currency for an hour of one of them; None: it has no price
+    running_jobs   jobs that a tenant may have running whose own quotas do not say; None: any number
+    """
+
+    devices: int = 1
+    price_micros: int | None = None
+    running_jobs: int | None = None
+
+
+def claim(
+    session: Session,
+    *,
+    worker_id: str,
+    device_class: DeviceClass,
+    lease_seconds: float,
+    terms: Terms = Terms(),
+) -> Claim | None:
     """Take the next job that this worker may run, in one statement; None if there is none.
 
-    Highest priority first, then the tenant with the fewest running jobs, then the oldest. On PostgreSQL, rows that
-    another claim has locked are skipped; on SQLite, one transaction writes at a time.
+    Highest priority first, then the tenant with the fewest running jobs, then the one that was served longest ago,
+    then the oldest. So tenants take turns, however many jobs each has. On PostgreSQL, rows that another claim has
+    locked are skipped; on SQLite, one transaction writes at a time.
 
     A job whose request another version of the service stored and this one does not understand fails, and the next one
     is taken: it must not stand in the way of all others.
     """
-    while (job := _take(session, worker_id, device_class, lease_seconds)) is not None:
+    held_by = (worker_id, device_class, lease_seconds)
+    while (job := _take_within_quota(session, *held_by, terms)) is not None:
         try:
             asked = JobRequest.model_validate(job.request)
         except ValidationError as error:
@@ -81,6 +105,41 @@ def claim(session: Session, *, worker_id: str, device_class: DeviceClass, lease_
     return None
 
 
+class _OverQuota(Exception):
+    """Two claims at one moment took a tenant's last place: this one gives its job back."""
+
+
+def _take_within_quota(
+    session: Session, worker_id: str, device_class: DeviceClass, lease_seconds: float, terms: Terms
+) -> Job | None:
+    """The next job, of which no other claim made one too many for its tenant meanwhile."""
+    while True:
+        try:
+            with session.begin_nested():
+                job = _take(session, worker_id, device_class, lease_seconds, terms)
+                if job is not None:
+                    _serve(session, job, terms)
+                return job
+        except _OverQuota:
+            session.expire_all()
+
+
+def _serve(session: Session, job: Job, terms: Terms) -> None:
+    """Note that the tenant was served; claims for one tenant come one after the other from here to their commit.
+
+    Raises:
+        _OverQuota: it has more running jobs than it may.
+    """
+    served = update(Tenant).where(Tenant.id == job.tenant_id).values(served_at=now()).returning(Tenant.quotas)
+    own = session.execute(served.execution_options(synchronize_session=False)).scalar_one()
+    limit = (own or {}).get("running_jobs", terms.running_jobs)
+    if limit is None:
+        return
+    running = (Job.tenant_id == job.tenant_id, Job.status == JobStatus.RUNNING)
+    if (session.scalar(select(func.count()).select_from(Job).where(*running)) or 0) > limit:
+        raise _OverQuota
+
+
 def work_waits(session: Session, device_class: DeviceClass) -> bool:
     """True if a claim would find a job for this class, or a worker has lost one. It writes and locks nothing."""
     lost = (Job.status == JobStatus.RUNNING, Job.lease_expires_at <= now())
@@ -88,7 +147,9 @@ def work_waits(session: Session, device_class: DeviceClass) -> bool:
     return session.scalars(query).first() is not None
 
 
-def _take(session: Session, worker_id: str, device_class: DeviceClass, lease_seconds: float) -> Job | None:
+def _take(
+    session: Session, worker_id: str, device_class: DeviceClass, lease_seconds: float, terms: Terms
+) -> Job | None:
     held = {
         "attempt": Job.attempt + 1,
         "fruitless_attempts": Job.fruitless_attempts + 1,
@@ -97,11 +158,12 @@ def _take(session: Session, worker_id: str, device_class: DeviceClass, lease_sec
         "started_at": func.coalesce(Job.started_at, now()),
         "error": None,
     }
-    entered = enter(session, JobStatus.RUNNING, Job.id == _next_job(device_class), values=held)
+    entered = enter(session, JobStatus.RUNNING, Job.id == _next_job(device_class, terms), values=held)
     if entered is None:
         return None
     number = {"job_id": entered.job_id, "number": entered.attempt, "tenant_id": entered.tenant_id}
-    session.add(Attempt(**number, worker_id=worker_id, status=JobStatus.RUNNING))
+    given = {"device_class": device_class.value, "devices": terms.devices, "price_micros": terms.price_micros}
+    session.add(Attempt(**number, **given, worker_id=worker_id, status=JobStatus.RUNNING))
     session.flush()
     return session.get_one(Job, entered.job_id, populate_existing=True)
 
@@ -120,7 +182,7 @@ def _eligible(job: type[Job], device_class: DeviceClass) -> tuple[ColumnElement[
     )
 
 
-def _next_job(device_class: DeviceClass) -> ColumnElement[str]:
+def _next_job(device_class: DeviceClass, terms: Terms) -> ColumnElement[str]:
     waiting, busy = aliased(Job, name="waiting"), aliased(Job, name="busy")
     load = (
         select(busy.tenant_id, func.count().label("running"))
@@ -128,11 +190,14 @@ def _next_job(device_class: DeviceClass) -> ColumnElement[str]:
         .group_by(busy.tenant_id)
         .subquery("load")
     )
+    running = func.coalesce(load.c.running, 0)
+    limit = func.coalesce(Tenant.quotas["running_jobs"].as_integer(), terms.running_jobs)
     return (
         select(waiting.id)
+        .join(Tenant, Tenant.id == waiting.tenant_id)
         .outerjoin(load, load.c.tenant_id == waiting.tenant_id)
-        .where(*_eligible(waiting, device_class))
-        .order_by(waiting.priority.desc(), func.coalesce(load.c.running, 0), waiting.id)
+        .where(*_eligible(waiting, device_class), Tenant.suspended_at.is_(None), or_(limit.is_(None), running < limit))
+        .order_by(waiting.priority.desc(), running, Tenant.served_at.asc().nulls_first(), waiting.id)
         .limit(1)
         .with_for_update(of=waiting, skip_locked=True)
         .scalar_subquery()
@@ -184,12 +249,15 @@ class AttemptWriter:
             more = {"blocks_done": Attempt.blocks_done + len(blocks)}
             self._session.execute(update(Attempt).where(*this_attempt).values(more))
 
-    def succeed(self, report: Report, artifacts: Sequence[NewArtifact]) -> None:
+    def succeed(self, report: Report, artifacts: Sequence[NewArtifact], *, currency: str = CURRENCY) -> None:
         """End the job well: report, artifacts, status and event, all or nothing.
+
+        Where attempts have a price, the report gets the job's cost in `currency`.
 
         Raises:
             NumericalFailure: a number in the report is not finite.
         """
+        report = self._with_cost(report, currency)
         values = {"report": document(report), "error": None, "finished_at": now(), **NOT_RUNNING}
         entered = enter(self._session, JobStatus.SUCCEEDED, *self._fence(), values=values)
         if entered is None:
@@ -198,7 +266,12 @@ class AttemptWriter:
         close_attempt(self._session, self._job_id, self._attempt, JobStatus.SUCCEEDED)
 
     def fail(
-        self, error: BitwrightError, *, report: Report | None = None, artifacts: Sequence[NewArtifact] = ()
+        self,
+        error: BitwrightError,
+        *,
+        report: Report | None = None,
+        artifacts: Sequence[NewArtifact] = (),
+        currency: str = CURRENCY,
     ) -> JobStatus:
         """End the attempt with an error: `error.retry` decides whether the job waits for another. The job's new status.
 
@@ -206,6 +279,7 @@ class AttemptWriter:
         cancelled, whatever the error.
         """
         job = self._locked()
+        report = None if report is None else self._with_cost(report, currency)
         status = end_with_error(self._session, job, error, report)
         if report is not None or artifacts:
             self._replace_artifacts(job.tenant_id, artifacts)
@@ -266,6 +340,11 @@ class AttemptWriter:
         owner = {"job_id": self._job_id, "tenant_id": tenant_id}
         self._session.add_all(Artifact(id=new_id("art"), **owner, **vars(artifact)) for artifact in artifacts)
         self._session.flush()
+        add_usage(self._session, tenant_id, stored_bytes=sum(artifact.size for artifact in artifacts))
+
+    def _with_cost(self, report: Report, currency: str) -> Report:
+        cost = job_cost(self._session, self._job_id, currency)
+        return report if cost is None else report.model_copy(update={"cost": cost})
 
     def _superseded(self) -> AttemptSuperseded:
         return AttemptSuperseded(f"attempt {self._attempt} no longer holds job {self._job_id}")

@@ -82,11 +82,19 @@ class BlobStore(Protocol):
         """Remove what a `put` that was killed has left, if nobody has written to it since `before`."""
 
 
+def blob_folder(url: str) -> Path | None:
+    """The folder of the store at `url`; None if it is a bucket."""
+    parts = urlsplit(url)
+    if parts.scheme not in {"", "file"}:
+        return None
+    return Path(unquote(parts.path) if parts.scheme else url).expanduser()
+
+
 def open_blobs(url: str) -> BlobStore:
     """The store at `url`: a folder (`file:///folder` or a path), or `s3://bucket/prefix` and the like."""
-    parts = urlsplit(url)
-    if parts.scheme in {"", "file"}:
-        return FolderBlobs(Path(unquote(parts.path) if parts.scheme else url).expanduser())
+    folder = blob_folder(url)
+    if folder is not None:
+        return FolderBlobs(folder)
     from obstore.store import from_url  # noqa: PLC0415 - only a bucket needs it
 
     return BucketBlobs(from_url(url))

@@ -10,6 +10,7 @@ from app.store.clock import now, seconds_from_now
 from app.store.documents import document
 from app.store.models import Attempt, Job
 from app.store.status import NOT_RUNNING, enter
+from app.store.usage import count_attempt
 from bitwright.errors import BitwrightError, Retry, WorkerLost
 from bitwright.events import ErrorData
 from bitwright.job_states import JobStatus
@@ -43,9 +44,10 @@ def end_with_error(session: Session, job: Job, error: BitwrightError, report: Re
 def close_attempt(
     session: Session, job_id: str, number: int, status: JobStatus, error: ErrorData | None = None
 ) -> None:
-    """Write how an attempt ended; its row is never changed again."""
+    """Write how an attempt ended, and count it; its row is never changed again."""
     values = {"status": status, "finished_at": now(), "error": error and document(error)}
     session.execute(update(Attempt).where(Attempt.job_id == job_id, Attempt.number == number).values(values))
+    count_attempt(session, job_id, number)
 
 
 def requeue_lost(session: Session) -> list[tuple[str, str]]:

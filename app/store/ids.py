@@ -11,7 +11,7 @@ from bitwright.errors import NotFound
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 """Crockford's base 32 in lower case, in ASCII order, so that text order is time order."""
 
-Prefix = Literal["job", "art", "upl", "key", "tnt", "wrk"]
+Prefix = Literal["job", "art", "upl", "key", "tnt", "wrk", "aud"]
 RANDOM_BITS = 80
 SHAPE = re.compile(rf"[a-z]{{3}}_[{ALPHABET}]{{26}}")
 
@@ -43,6 +43,11 @@ def new_id(prefix: Prefix) -> str:
 def is_id(prefix: Prefix, text: str) -> bool:
     """True if `text` has the shape of an id with this prefix."""
     return text.startswith(prefix + "_") and SHAPE.fullmatch(text) is not None
+
+
+def id_pattern(prefix: Prefix) -> str:
+    """The shape of an id with this prefix, for a JSON schema."""
+    return f"^{prefix}_[{ALPHABET}]{{26}}$"
 
 
 def require_id(prefix: Prefix, text: str, kind: str) -> str:

@@ -1,10 +1,10 @@
 """A tenant's jobs, as the API sees them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Select, delete, func, select, update
+from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from app.domain.request.job_request import JobRequest
@@ -13,6 +13,7 @@ from app.domain.request.sources import LocalModel, ModelSource
 from app.store.clock import now
 from app.store.idempotency import Idempotency, find_key, made_by, take_key
 from app.store.ids import is_id, new_id, require_id
+from app.store.job_pages import JobFilters, newest_jobs
 from app.store.models import Attempt, IdempotencyKey, Job, JobLabel, JobUpload, Upload
 from app.store.status import begin, enter
 from bitwright.errors import Conflict, IllegalTransition, InvalidRequest, NotFound
@@ -86,19 +87,8 @@ class JobRepository:
         """
         return self._one(job_id, select(Job))
 
-    def page(
-        self,
-        *,
-        after: str | None,
-        limit: int,
-        status: JobStatus | None = None,
-        method: str | None = None,
-        model: str | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> Page[Job]:
-        """Up to `limit` jobs, newest first, that match every filter given; `after` is a page's `next_cursor`.
-
-        method   a method, or the recipe that was asked for
+    def page(self, *, after: str | None, limit: int, filters: JobFilters | None = None) -> Page[Job]:
+        """Up to `limit` jobs, newest first, that match every filter; `after` is a page's `next_cursor`.
 
         Raises:
             InvalidRequest: `after` is no cursor.
@@ -107,17 +97,11 @@ class JobRepository:
             raise InvalidRequest(
                 "the cursor is not one that a page gave", field="after", value=after, hint="start without one"
             )
-        texts = [method, model, *(metadata or {}), *(metadata or {}).values()]
-        if any("\0" in text for text in texts if text is not None):
+        filters = filters or JobFilters()
+        if any("\0" in text for text in filters.texts):
             return Page(items=[], next_cursor=None)  # no stored text holds NUL, and PostgreSQL refuses to compare it
-        where: list[ColumnElement[bool]] = [Job.tenant_id == self._tenant_id]
-        where += [Job.id < after] if after is not None else []
-        where += [Job.status == status] if status is not None else []
-        where += [(Job.method == method) | (Job.recipe == method)] if method is not None else []
-        where += [Job.model == model] if model is not None else []
-        where += [Job.id.in_(self._labelled(name, value)) for name, value in (metadata or {}).items()]
         limit = min(max(limit, 1), MAX_PAGE)
-        rows = self._session.scalars(select(Job).where(*where).order_by(Job.id.desc()).limit(limit + 1)).all()
+        rows = newest_jobs(self._session, self._tenant_id, filters, after, limit + 1)
         items = rows[:limit]
         return Page(items=items, next_cursor=items[-1].id if len(rows) > limit else None)
 
@@ -193,10 +177,6 @@ class JobRepository:
         if job is None:
             raise NotFound(f"there is no job {job_id}", value=job_id)
         return job
-
-    def _labelled(self, name: str, value: str) -> Select[str]:
-        conditions = (JobLabel.tenant_id == self._tenant_id, JobLabel.name == name, JobLabel.value == value)
-        return select(JobLabel.job_id).where(*conditions)
 
     def _uploads(self, request: JobRequest) -> frozenset[str]:
         """Ids of the uploads that the request reads, locked so that none is deleted meanwhile."""

@@ -41,8 +41,16 @@ Status = Enum(
     create_constraint=True,
     name="status",
 )
+START_LENGTH = 256
+MODEL_START = f"substr(model, 1, {START_LENGTH})"
+"""What the index by model holds: a path may be longer than an entry of a B-tree of PostgreSQL."""
 Id = String(30)
 Sha256 = String(64)
+
+
+def _where(condition: str) -> dict[str, Any]:
+    """Options of an index that holds only the rows of this condition."""
+    return {"postgresql_where": text(condition), "sqlite_where": text(condition)}
 
 
 class Base(DeclarativeBase):
@@ -64,6 +72,14 @@ class Tenant(Base):
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     name: Mapped[str] = mapped_column(String(200), unique=True)
     created_at: Mapped[datetime] = mapped_column(default=now())
+    suspended_at: Mapped[datetime | None]
+    """From then on its keys are refused and no job of it begins."""
+    quotas: Mapped[JsonObject | None]
+    """Its own, by the names of `bitwright.tenancy.Quotas`; what is not there is the service's."""
+    model_roots: Mapped[list[str] | None]
+    allowed_models: Mapped[list[str] | None]
+    served_at: Mapped[datetime | None]
+    """When a worker last took one of its jobs: of two tenants with equally many running, the other goes first."""
 
 
 class ApiKey(Base):
@@ -80,6 +96,11 @@ class ApiKey(Base):
     scopes: Mapped[list[str]]
     created_at: Mapped[datetime] = mapped_column(default=now())
     revoked_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+    """Written at most once a minute."""
+    replaces: Mapped[str | None] = mapped_column(Id)
+    """The key that it was rotated from."""
 
 
 class Job(Base):
@@ -91,6 +112,12 @@ class Job(Base):
         Index("ix_job_tenant_id_id", "tenant_id", "id"),
         Index("ix_job_claim", "status", "device", "priority", "id"),
         Index("ix_job_lease", "lease_expires_at", postgresql_where=text("lease_expires_at IS NOT NULL")),
+        # For lists: each ends with what they are ordered by, and a status is one of five.
+        Index("ix_job_status", "tenant_id", "status", "id"),
+        Index("ix_job_method", "tenant_id", "method", "status", "id"),
+        Index("ix_job_recipe", "tenant_id", "recipe", "status", "id", **_where("recipe IS NOT NULL")),
+        Index("ix_job_model", "tenant_id", text(MODEL_START), "status", "id"),
+        Index("ix_job_finished", "finished_at", **_where("finished_at IS NOT NULL")),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -145,7 +172,7 @@ class JobLabel(Base):
     """One entry of a request's metadata, for lists to filter by with one index on every database."""
 
     __tablename__ = "job_label"
-    __table_args__ = (Index("ix_job_label_tenant_id_name_value", "tenant_id", "name", "value"),)
+    __table_args__ = (Index("ix_job_label_value", "tenant_id", "name", "value", "job_id"),)
 
     job_id: Mapped[str] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -180,6 +207,12 @@ class Attempt(Base):
     finished_at: Mapped[datetime | None]
     error: Mapped[JsonObject | None]
     blocks_done: Mapped[int] = mapped_column(default=0)
+    device_class: Mapped[str | None] = mapped_column(String(8))
+    """`cpu` or `cuda`, of its worker."""
+    devices: Mapped[int | None]
+    """GPUs, or processes on a CPU, that the worker gives to it."""
+    price_micros: Mapped[int | None] = mapped_column(BigInteger)
+    """Millionths of the currency for an hour of one device, when it began."""
 
 
 class Event(Base):
@@ -199,7 +232,10 @@ class Artifact(Base):
     """One file of a checkpoint that a job made; its bytes are the blob of that hash."""
 
     __tablename__ = "artifact"
-    __table_args__ = (UniqueConstraint("job_id", "format", "path"),)
+    __table_args__ = (
+        UniqueConstraint("job_id", "format", "path"),
+        Index("ix_artifact_tenant_id_size", "tenant_id", "size"),
+    )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"))
@@ -243,6 +279,7 @@ class UploadFile(Base):
     """One file of an upload and how many of its bytes have arrived."""
 
     __tablename__ = "upload_file"
+    __table_args__ = (Index("ix_upload_file_tenant_id_size", "tenant_id", "size"),)
 
     upload_id: Mapped[str] = mapped_column(Id, ForeignKey("upload.id", ondelete="CASCADE"), primary_key=True)
     name: Mapped[str] = mapped_column(String(1024), primary_key=True)
@@ -294,4 +331,62 @@ class IdempotencyKey(Base):
     job_id: Mapped[str | None] = mapped_column(Id, index=True)
     upload_id: Mapped[str | None] = mapped_column(Id, index=True)
     created_at: Mapped[datetime] = mapped_column(default=now())
-    expires_at: Mapped[datetime]
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class HubToken(Base):
+    """A Hub token of a tenant, or of one job until its end; only ever stored encrypted."""
+
+    __tablename__ = "hub_token"
+
+    owner: Mapped[str] = mapped_column(Id, primary_key=True)
+    """Id of the tenant or of the job."""
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), index=True)
+    job_id: Mapped[str | None] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), index=True)
+    sealed: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(default=now())
+
+
+class RateWindow(Base):
+    """How much of a rate a tenant has used in the window that runs."""
+
+    __tablename__ = "rate_window"
+
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    used: Mapped[int]
+    ends_at: Mapped[datetime]
+
+
+class UsageMonth(Base):
+    """What a tenant used within a month; it outlives the jobs that it was used for."""
+
+    __tablename__ = "usage_month"
+
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), primary_key=True)
+    month: Mapped[str] = mapped_column(String(7), primary_key=True)
+    """Year and month in UTC, `2026-11`."""
+    jobs: Mapped[int] = mapped_column(default=0)
+    gpu_seconds: Mapped[float] = mapped_column(default=0.0)
+    cpu_seconds: Mapped[float] = mapped_column(default=0.0)
+    uploaded_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    downloaded_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    cost_micros: Mapped[int | None] = mapped_column(BigInteger)
+    """Millionths of the currency; None if no attempt had a price."""
+
+
+class AuditEntry(Base):
+    """Something that somebody did. A trigger refuses any change of a row; it outlives whatever it names."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index("ix_audit_tenant_id_id", "tenant_id", "id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    at: Mapped[datetime] = mapped_column(default=now(), index=True)
+    tenant_id: Mapped[str] = mapped_column(Id)
+    key_id: Mapped[str | None] = mapped_column(Id)
+    action: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(String(64))
+    request_id: Mapped[str | None] = mapped_column(String(64))
+    details: Mapped[JsonObject | None]

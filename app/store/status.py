@@ -9,9 +9,11 @@ from sqlalchemy.orm import Session
 from app.domain.job_states import TRANSITIONS
 from app.store.clock import now
 from app.store.documents import document
+from app.store.hub_tokens import erase_token
 from app.store.models import Event, Job
+from app.store.usage import add_usage
 from bitwright.events import ErrorData, StatusEvent
-from bitwright.job_states import JobStatus
+from bitwright.job_states import FINAL_STATUSES, JobStatus
 
 NOT_RUNNING: Mapping[str, object] = {"worker_id": None, "lease_expires_at": None}
 """Columns that a job gives up as it leaves `running`."""
@@ -59,6 +61,9 @@ def enter(
         return None
     event = StatusEvent(status=status, attempt=row.attempt, error=error)
     _tell(session, row.id, row.tenant_id, sequence=row.last_event, event=event)
+    if status in FINAL_STATUSES:
+        erase_token(session, row.id)
+        add_usage(session, row.tenant_id, jobs=1)
     return Entered(job_id=row.id, tenant_id=row.tenant_id, attempt=row.attempt)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from sqlalchemy import ColumnElement, delete, exists, select, update
+from sqlalchemy import ColumnElement, delete, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from app.store.blobs import SHA256_SHAPE
@@ -63,6 +63,13 @@ class UploadRepository:
         self._session.add_all(UploadFile(position=i, **owner, **vars(file)) for i, file in enumerate(files))
         self._session.flush()
         return self.get(upload.id)
+
+    def pending_bytes(self) -> int:
+        """Bytes of the tenant's open uploads that have not arrived."""
+        query = select(func.coalesce(func.sum(UploadFile.size - UploadFile.offset), 0)).join(
+            Upload, Upload.id == UploadFile.upload_id
+        )
+        return int(self._session.scalar(query.where(*self._open())) or 0)
 
     def find_replayed(self, idempotency: Idempotency) -> Upload | None:
         """The upload that an earlier request with this key made, with `replayed` set; None if the key is free.
@@ -165,6 +172,9 @@ class UploadRepository:
         self._session.execute(delete(Upload).where(Upload.id == upload_id))
         self._session.expunge(upload)
 
+    def _open(self) -> tuple[ColumnElement[bool], ...]:
+        return (Upload.tenant_id == self._tenant_id, Upload.completed_at.is_(None), Upload.expires_at > now())
+
     def _replayed(self, upload_id: str) -> Upload:
         earlier = self.get(upload_id)
         earlier.replayed = True
@@ -195,11 +205,19 @@ class UploadRepository:
         self._session.execute(update(UploadFile).where(*this).values(offset=offset))
 
 
+def count_expired_uploads(session: Session) -> int:
+    """How many uploads `remove_expired_uploads` would remove."""
+    return session.scalar(select(func.count()).select_from(Upload).where(*_expired())) or 0
+
+
 def remove_expired_uploads(session: Session) -> list[str]:
     """Remove uploads that were not completed in time; their ids, for whoever keeps their parts."""
-    late = (Upload.completed_at.is_(None), Upload.expires_at <= now())
+    return list(session.scalars(delete(Upload).where(*_expired()).returning(Upload.id)))
+
+
+def _expired() -> tuple[ColumnElement[bool], ...]:
     unread = ~exists().where(JobUpload.upload_id == Upload.id)
-    return list(session.scalars(delete(Upload).where(*late, unread).returning(Upload.id)))
+    return (Upload.completed_at.is_(None), Upload.expires_at <= now(), unread)
 
 
 def _problems(files: Sequence[NewUploadFile]) -> list[FieldProblem]:

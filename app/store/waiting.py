@@ -11,7 +11,7 @@ from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session, aliased
 
 from app.store.clock import now
-from app.store.models import Attempt, Job, Worker
+from app.store.models import Attempt, Job, Tenant, Worker
 from app.store.workers import list_workers
 from bitwright.job_states import JobStatus
 
@@ -47,7 +47,8 @@ class _Waiting:
 def places(session: Session) -> dict[str, Place]:
     """The place of every queued job, whoever's it is, by its id.
 
-    The order is that of the next claim. Later ones may differ: a tenant with fewer running jobs goes first.
+    The order is that of the next claims, in which tenants take turns. Later ones may differ: what runs will have ended,
+    and whether a tenant may have more jobs running is not looked at.
     """
     at = session.scalars(select(now())).one()
     queue, durations = _queue(session, at), _durations(session)
@@ -75,11 +76,19 @@ def _queue(session: Session, at: datetime) -> list[_Waiting]:
         .group_by(busy.tenant_id)
         .subquery("load")
     )
+    # Each claim makes its tenant have one more running: its second job of a priority counts as if the first one ran.
+    turn = func.row_number().over(partition_by=(Job.tenant_id, Job.priority), order_by=Job.id)
     query = (
         select(Job.id, Job.device, Job.model, Job.method, Job.recipe, Job.available_at)
+        .join(Tenant, Tenant.id == Job.tenant_id)
         .outerjoin(running, running.c.tenant_id == Job.tenant_id)
         .where(Job.status == JobStatus.QUEUED)
-        .order_by(Job.priority.desc(), func.coalesce(running.c.running, 0), Job.id)
+        .order_by(
+            Job.priority.desc(),
+            func.coalesce(running.c.running, 0) + turn,
+            Tenant.served_at.asc().nulls_first(),
+            Job.id,
+        )
         .limit(LONGEST_QUEUE)
     )
     return [

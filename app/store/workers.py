@@ -8,7 +8,7 @@ from sqlalchemy import and_, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from app.store.clock import now, seconds_from_now
-from app.store.models import Job, SweepLease, Worker
+from app.store.models import Job, SweepLease, Tenant, Worker
 from app.store.upsert import upsert
 from bitwright.job_states import DeviceClass, JobStatus
 
@@ -97,6 +97,38 @@ def waiting(session: Session) -> dict[str, int]:
         .group_by(Job.device)
     )
     return {row[0]: row[1] for row in session.execute(query)}
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Jobs of one class that could be claimed now: how many, and for how long the first of them has waited."""
+
+    jobs: int
+    oldest_seconds: float
+
+
+def waiting_times(session: Session) -> dict[str, Waiting]:
+    """Of each class of device, `any`, `cpu` or `cuda`, for metrics; jobs of suspended tenants are not counted."""
+    query = (
+        select(Job.device, func.count(), func.min(Job.available_at), now())
+        .join(Tenant, Tenant.id == Job.tenant_id)
+        .where(Job.status == JobStatus.QUEUED, Job.available_at <= now(), Tenant.suspended_at.is_(None))
+        .group_by(Job.device)
+    )
+    rows = {row[0]: Waiting(row[1], max((row[3] - row[2]).total_seconds(), 0.0)) for row in session.execute(query)}
+    return dict.fromkeys(("any", "cpu", "cuda"), Waiting(0, 0.0)) | rows
+
+
+def count_live(session: Session, *, fresh_seconds: float = FRESH_SECONDS) -> dict[str, int]:
+    """Number of live workers of each class."""
+    query = (
+        select(Worker.device_class, func.count())
+        .where(Worker.last_seen_at > seconds_from_now(-fresh_seconds))
+        .group_by(Worker.device_class)
+    )
+    return dict.fromkeys((device.value for device in DeviceClass), 0) | {
+        row[0]: row[1] for row in session.execute(query)
+    }
 
 
 def sweep_lease(session: Session, holder: str, seconds: float) -> bool:

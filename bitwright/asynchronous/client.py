@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel
 
+from bitwright.asynchronous.admin import AsyncAdmin
 from bitwright.asynchronous.downloads import download_artifact
 from bitwright.asynchronous.following import follow
 from bitwright.asynchronous.transport import AsyncTransport
@@ -22,6 +23,7 @@ from bitwright.folders import claim_folder
 from bitwright.formats import NATIVE
 from bitwright.job_states import JobStatus
 from bitwright.retries import RetryPolicy
+from bitwright.tenancy import UsageView
 from bitwright.uploads import choose_files, describe_files
 from bitwright.views import (
     ArchitectureList,
@@ -69,16 +71,25 @@ class AsyncClient:
         """Close the connections."""
         await self._transport.close()
 
-    async def submit(self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None) -> JobView:
+    @property
+    def admin(self) -> AsyncAdmin:
+        """The operator's methods: tenants, keys, the audit log."""
+        return AsyncAdmin(self._transport)
+
+    async def submit(
+        self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None, hub_token: str | None = None
+    ) -> JobView:
         """Queue a job. `body` is the shorthand or the full form of a request.
 
         A new key is generated per call, so that a repeated request never makes a second job; give
-        `idempotency_key` to have the same safety across processes.
+        `idempotency_key` to have the same safety across processes. `hub_token` fetches this job's model and texts; the
+        service keeps it encrypted and erases it at the job's end.
 
         Raises:
             InvalidRequest: with all problems in `errors`.
+            QuotaExceeded: the tenant has no room for it.
         """
-        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4()), **_token(hub_token)}
         return await self._read(JobView, "POST", "/v1/jobs", json=_plain(body), headers=headers)
 
     async def preflight(self, body: Mapping[str, Any] | BaseModel) -> PreflightView:
@@ -122,9 +133,9 @@ class AsyncClient:
         """End the job; a running one stops within seconds."""
         return await self._read(JobView, "POST", f"/v1/jobs/{job_id}/cancel")
 
-    async def retry(self, job_id: str) -> JobView:
-        """Queue a failed or cancelled job again; finished blocks are kept."""
-        return await self._read(JobView, "POST", f"/v1/jobs/{job_id}/retry")
+    async def retry(self, job_id: str, *, hub_token: str | None = None) -> JobView:
+        """Queue a failed or cancelled job again; finished blocks are kept. Its own Hub token was erased at its end."""
+        return await self._read(JobView, "POST", f"/v1/jobs/{job_id}/retry", headers=_token(hub_token))
 
     async def export(
         self,
@@ -294,6 +305,10 @@ class AsyncClient:
         """Registered workers."""
         return (await self._read(Page[WorkerView], "GET", "/v1/workers")).items
 
+    async def usage(self) -> UsageView:
+        """Quotas of your tenant, what is used of them, and what it used month by month."""
+        return await self._read(UsageView, "GET", "/v1/usage")
+
     async def ready(self) -> bool:
         """True if the service can take jobs now."""
         try:
@@ -304,6 +319,10 @@ class AsyncClient:
     async def _read(self, kind: type[ViewT], method: str, path: str, **options: Any) -> ViewT:
         """The answer as a `kind`; options as of `AsyncTransport.send`."""
         return kind.model_validate_json((await self._transport.send(method, path, **options)).content)
+
+
+def _token(text: str | None) -> dict[str, str]:
+    return {} if text is None else {"X-Hub-Token": text}
 
 
 def _plain(body: Mapping[str, Any] | BaseModel) -> object:

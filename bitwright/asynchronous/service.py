@@ -86,6 +86,7 @@ class AsyncJobs(_Resource):
         self,
         *,
         idempotency_key: str | None = None,
+        hub_token: str | None = None,
         extra_body: JsonObject | None = None,
         **fields: Unpack[JobFields],
     ) -> AsyncJob:
@@ -93,6 +94,7 @@ class AsyncJobs(_Resource):
 
         Args:
             idempotency_key: the same key never makes a second job; default: a new one per call.
+            hub_token: fetches this job's model and texts; kept encrypted, and erased at the job's end.
             extra_body: fields that this version of the client does not name.
             fields: the request.
 
@@ -100,7 +102,8 @@ class AsyncJobs(_Resource):
             InvalidRequest: with all problems in `errors`.
         """
         body = request_body(fields, extra_body)
-        return AsyncJob(self._client, await self._client.submit(body, idempotency_key=idempotency_key))
+        view = await self._client.submit(body, idempotency_key=idempotency_key, hub_token=hub_token)
+        return AsyncJob(self._client, view)
 
     async def preflight(self, *, extra_body: JsonObject | None = None, **fields: Unpack[JobFields]) -> PreflightView:
         """The full request that `create` would queue, with estimates and warnings; nothing is stored."""

@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel
 
+from bitwright.blocking.admin import Admin
 from bitwright.blocking.downloads import download_artifact
 from bitwright.blocking.following import follow
 from bitwright.blocking.transport import Transport
@@ -23,6 +24,7 @@ from bitwright.folders import claim_folder
 from bitwright.formats import NATIVE
 from bitwright.job_states import JobStatus
 from bitwright.retries import RetryPolicy
+from bitwright.tenancy import UsageView
 from bitwright.uploads import choose_files, describe_files
 from bitwright.views import (
     ArchitectureList,
@@ -70,16 +72,25 @@ class Client:
         """Close the connections."""
         self._transport.close()
 
-    def submit(self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None) -> JobView:
+    @property
+    def admin(self) -> Admin:
+        """The operator's methods: tenants, keys, the audit log."""
+        return Admin(self._transport)
+
+    def submit(
+        self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None, hub_token: str | None = None
+    ) -> JobView:
         """Queue a job. `body` is the shorthand or the full form of a request.
 
         A new key is generated per call, so that a repeated request never makes a second job; give
-        `idempotency_key` to have the same safety across processes.
+        `idempotency_key` to have the same safety across processes. `hub_token` fetches this job's model and texts; the
+        service keeps it encrypted and erases it at the job's end.
 
         Raises:
             InvalidRequest: with all problems in `errors`.
+            QuotaExceeded: the tenant has no room for it.
         """
-        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4()), **_token(hub_token)}
         return self._read(JobView, "POST", "/v1/jobs", json=_plain(body), headers=headers)
 
     def preflight(self, body: Mapping[str, Any] | BaseModel) -> PreflightView:
@@ -122,9 +133,9 @@ class Client:
         """End the job; a running one stops within seconds."""
         return self._read(JobView, "POST", f"/v1/jobs/{job_id}/cancel")
 
-    def retry(self, job_id: str) -> JobView:
-        """Queue a failed or cancelled job again; finished blocks are kept."""
-        return self._read(JobView, "POST", f"/v1/jobs/{job_id}/retry")
+    def retry(self, job_id: str, *, hub_token: str | None = None) -> JobView:
+        """Queue a failed or cancelled job again; finished blocks are kept. Its own Hub token was erased at its end."""
+        return self._read(JobView, "POST", f"/v1/jobs/{job_id}/retry", headers=_token(hub_token))
 
     def export(
         self,
@@ -289,6 +300,10 @@ class Client:
         """Registered workers."""
         return self._read(Page[WorkerView], "GET", "/v1/workers").items
 
+    def usage(self) -> UsageView:
+        """Quotas of your tenant, what is used of them, and what it used month by month."""
+        return self._read(UsageView, "GET", "/v1/usage")
+
     def ready(self) -> bool:
         """True if the service can take jobs now."""
         try:
@@ -299,6 +314,10 @@ class Client:
     def _read(self, kind: type[ViewT], method: str, path: str, **options: Any) -> ViewT:
         """The answer as a `kind`; options as of `Transport.send`."""
         return kind.model_validate_json(self._transport.send(method, path, **options).content)
+
+
+def _token(text: str | None) -> dict[str, str]:
+    return {} if text is None else {"X-Hub-Token": text}
 
 
 def _plain(body: Mapping[str, Any] | BaseModel) -> object:

@@ -87,6 +87,7 @@ class Jobs(_Resource):
         self,
         *,
         idempotency_key: str | None = None,
+        hub_token: str | None = None,
         extra_body: JsonObject | None = None,
         **fields: Unpack[JobFields],
     ) -> Job:
@@ -94,6 +95,7 @@ class Jobs(_Resource):
 
         Args:
             idempotency_key: the same key never makes a second job; default: a new one per call.
+            hub_token: fetches this job's model and texts; kept encrypted, and erased at the job's end.
             extra_body: fields that this version of the client does not name.
             fields: the request.
 
@@ -101,7 +103,8 @@ class Jobs(_Resource):
             InvalidRequest: with all problems in `errors`.
         """
         body = request_body(fields, extra_body)
-        return Job(self._client, self._client.submit(body, idempotency_key=idempotency_key))
+        view = self._client.submit(body, idempotency_key=idempotency_key, hub_token=hub_token)
+        return Job(self._client, view)
 
     def preflight(self, *, extra_body: JsonObject | None = None, **fields: Unpack[JobFields]) -> PreflightView:
         """The full request that `create` would queue, with estimates and warnings; nothing is stored."""

@@ -9,7 +9,7 @@ from typer.main import get_command
 from bitwright.errors import RequestError
 
 GROUP = "bitwright.commands"
-OPERATOR_COMMANDS = ("serve", "demo", "worker", "sweep", "migrate", "keys")
+OPERATOR_COMMANDS = ("serve", "demo", "api", "worker", "sweep", "migrate", "tenants", "keys", "backup", "restore", "gc")
 INSTALL = "pip install 'bitwright-service[embedded]'"
 
 

@@ -69,6 +69,10 @@ def submit(
     ] = None,
     metadata: Annotated[list[str] | None, typer.Option(help="A label, name=value.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key never makes a second job.")] = None,
+    hub_token_file: Annotated[
+        Path | None,
+        typer.Option(help="File with a Hub token for this job alone; the service forgets it at the job's end."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, and print the full request with estimates; queue nothing.")
     ] = False,
@@ -99,7 +103,8 @@ def submit(
             answer = client.preflight(body)
             print_json(answer) if as_json or not out().is_terminal else out().print(preflight_table(answer))
             return
-        job = client.submit(body, idempotency_key=idempotency_key)
+        token = None if hub_token_file is None else read_token(hub_token_file)
+        job = client.submit(body, idempotency_key=idempotency_key, hub_token=token)
         if not wait:
             print_json(job) if as_json else typer.echo(job.id)
             return
@@ -107,6 +112,19 @@ def submit(
         job = follow_job(client, job.id, err() if as_json else out())
         artifacts = client.artifacts(job.id)
     finish(job, artifacts, as_json=as_json)
+
+
+def read_token(path: Path) -> str:
+    """The token in a file.
+
+    Raises:
+        RequestError: it cannot be read. What it holds is not shown.
+    """
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "name a file that holds the token alone"
+        raise RequestError(f"{path} holds no token", field="hub_token_file", hint=hint) from error
 
 
 def read_request(path: Path) -> dict[str, Any]:

@@ -39,6 +39,10 @@ class Api:
     """May submit, as another tenant."""
     anonymous: TestClient
     key: str
+    admin: TestClient
+    """Looks after all tenants; its own is a third one."""
+    admin_key: str
+    stranger_id: str
 
     def submit(self, **fields: object) -> str:
         """Queue a job; its id."""
@@ -164,6 +168,8 @@ def run_api(settings: Settings) -> Iterator[Api]:
         _, submitter = issue_key(session, tenant, name="submitter", scopes=frozenset({Scope.SUBMIT}))
         _, reader = issue_key(session, tenant, name="reader", scopes=frozenset({Scope.READ}))
         _, other = issue_key(session, stranger, name="other", scopes=frozenset({Scope.SUBMIT}))
+        operators = ensure_tenant(session, "operators").id
+        _, administrator = issue_key(session, operators, name="admin", scopes=frozenset({Scope.ADMIN}))
 
     def client(key: str | None) -> TestClient:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -180,5 +186,8 @@ def run_api(settings: Settings) -> Iterator[Api]:
             stranger=client(other),
             anonymous=client(None),
             key=submitter,
+            admin=client(administrator),
+            admin_key=administrator,
+            stranger_id=stranger,
         )
     database.close()

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import cast
 
 import uvicorn
+from cryptography.fernet import Fernet
+from pydantic import SecretStr
 
 from app.api.main import create_app
 from app.domain.access import Scope
@@ -117,7 +119,8 @@ class Service:
 @contextmanager
 def running_service(folder: Path, *, asynchronous: bool = False) -> Iterator[Service]:
     """Start the API in a thread on a free port."""
-    settings = Settings(data_dir=folder, environment="test", event_poll_seconds=0.02)
+    keys = (SecretStr(Fernet.generate_key().decode()),)
+    settings = Settings(data_dir=folder, environment="test", event_poll_seconds=0.02, token_keys=keys)
     migrate(settings.database_url)
     database = Database(settings.database_url)
     with database.transaction() as session:

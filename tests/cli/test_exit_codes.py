@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import structlog
-from sqlalchemy import update
+from sqlalchemy import select, update
 
-from app.store.models import Job
+from app.store.models import Job, Tenant
 from tests.bitwright.service import Service, running_service
 from tests.cli.processes import bitwright, command
 
@@ -141,3 +141,17 @@ def test_keys_are_made_listed_and_revoked(service: Service) -> None:
     assert key not in row
     assert command("keys", "revoke", row.split()[0], *where).returncode == 0
     assert command("jobs", *url, "--key", key).returncode == 2
+
+
+def test_a_slip_in_a_tenants_name_makes_no_tenant(service: Service) -> None:
+    where = ("--data-dir", str(service.folder))
+    made = command("keys", "create", "--tenant", "research", "--new-tenant", *where)
+    assert made.returncode == 0
+    for words in (["create"], ["list"], ["revoke", "key_x"]):
+        slip = command("keys", *words, "--tenant", "reserach", *where)
+        assert (slip.returncode, slip.stdout) == (2, "")
+        assert "not_found" in slip.stderr
+        assert "did you mean research?" in slip.stderr
+    with service.database.reading() as session:
+        assert set(session.scalars(select(Tenant.name))) == {"default", "research"}
+    assert command("keys", "create", "--tenant", "research", *where).returncode == 0

@@ -126,8 +126,7 @@ class Installation:
             "valkey", [str(get_binary_path()), "--port", str(self.broker_port), "--save", "", "--dir", str(self.folder)]
         )
         self.add("sweep", [sys.executable, "-m", "workers.sweep"])
-        api = [sys.executable, "-m", "uvicorn", "--factory", "app.api.main:create_app", "--port", str(self.port)]
-        self.add("api", api)
+        self.add("api", [sys.executable, "-m", "bitwright.cli", "api", "--port", str(self.port)])
         for number in range(self.worker_count):
             self.add(f"worker{number}", [sys.executable, "-m", self.worker_module])
 

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import URL, delete
 
 from app.store.keys import ensure_tenant
-from app.store.models import SweepLease, Tenant, Worker
+from app.store.models import AuditEntry, SweepLease, Tenant, Worker
 from app.store.session import Database
 from tests import servers
 
@@ -27,7 +27,7 @@ def database(request: pytest.FixtureRequest) -> Iterator[Database]:
     yield opened
     if shared:
         with opened.transaction() as session:
-            for owner in (Tenant, Worker, SweepLease):  # all other rows belong to a tenant
+            for owner in (Tenant, Worker, SweepLease, AuditEntry):  # all other rows belong to a tenant
                 session.execute(delete(owner))
     opened.close()
 

@@ -1,6 +1,7 @@
 """Requests, events and artifacts that the store's tests are about."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import update
@@ -13,6 +14,7 @@ from app.store.models import Job
 from app.store.session import Database
 from bitwright.events import BlockEvent, CheckpointEvent, ProgressEvent, Stage
 from bitwright.job_states import DeviceClass
+from tests.reports import report
 
 
 def request(**fields: Any) -> JobRequest:
@@ -45,6 +47,12 @@ def try_take(
     """Claim the next job, if there is one."""
     with database.transaction() as session:
         return claim(session, worker_id=worker, device_class=device, lease_seconds=lease)
+
+
+def succeed(database: Database, held: Claim, artifacts: Sequence[NewArtifact] = ()) -> None:
+    """End a job well, with these files."""
+    with database.transaction() as session:
+        AttemptWriter(session, held.job_id, held.attempt).succeed(report(), artifacts)
 
 
 def tell(database: Database, held: Claim, *events: BlockEvent | CheckpointEvent | ProgressEvent) -> None:

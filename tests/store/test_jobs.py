@@ -12,6 +12,7 @@ from app.store.clock import seconds_from_now
 from app.store.events import EventRepository
 from app.store.idempotency import Idempotency
 from app.store.ids import new_id
+from app.store.job_pages import JobFilters
 from app.store.jobs import JobRepository, count_by_status
 from app.store.models import Base, IdempotencyKey, Job
 from app.store.session import Database
@@ -22,7 +23,8 @@ from bitwright.job_states import JobStatus
 from tests.reports import report
 from tests.store.samples import add, artifact, block, get, request, take, tell
 
-JOB_TABLES = [table for name, table in Base.metadata.tables.items() if name not in {"tenant", "api_key"}]
+KEPT = {"tenant", "api_key", "usage_month"}
+JOB_TABLES = [table for name, table in Base.metadata.tables.items() if name not in KEPT]
 
 # Fixed: names of tests must be the same in every process that runs them.
 JOB_OF_NOBODY, ARTIFACT_OF_NOBODY = "job_" + "0" * 26, "art_" + "0" * 26
@@ -71,7 +73,7 @@ def test_another_tenant_sees_and_changes_nothing(database: Database, tenant: str
         with pytest.raises(NotFound):
             ArtifactRepository(session, stranger).of_job(job_id)
         assert theirs.page(after=None, limit=10).items == []
-        assert theirs.page(after=None, limit=10, metadata={"a": "b"}).items == []
+        assert theirs.page(after=None, limit=10, filters=JobFilters(labels={"a": "b"})).items == []
     assert get(database, tenant, job_id).status is JobStatus.QUEUED
 
 
@@ -118,18 +120,19 @@ def test_filters(database: Database, tenant: str) -> None:
 
     def found(**filters: object) -> set[str]:
         with database.reading() as session:
-            page = JobRepository(session, tenant).page(after=None, limit=10, **filters)  # type: ignore[arg-type]
+            wanted = JobFilters(**filters)  # type: ignore[arg-type]
+            page = JobRepository(session, tenant).page(after=None, limit=10, filters=wanted)
             return {job.id for job in page.items}
 
     assert found(status=JobStatus.CANCELLED) == {plain}
     assert found(method="signround") == {labelled}
     assert found(model="org/other") == {other}
-    assert found(metadata={"team": "a"}) == {labelled}
-    assert found(metadata={"team": "a", 'quo"te$.': "x'y"}) == {labelled}
-    assert found(metadata={"team": "a", "commit": "1"}) == set()
-    assert found(metadata={"team": "A"}) == set()
-    assert found(status=JobStatus.QUEUED, metadata={"team": "b"}) == {other}
-    assert found(model="org/\0") == found(metadata={"\0": "a"}) == set()
+    assert found(labels={"team": "a"}) == {labelled}
+    assert found(labels={"team": "a", 'quo"te$.': "x'y"}) == {labelled}
+    assert found(labels={"team": "a", "commit": "1"}) == set()
+    assert found(labels={"team": "A"}) == set()
+    assert found(status=JobStatus.QUEUED, labels={"team": "b"}) == {other}
+    assert found(model="org/\0") == found(labels={"\0": "a"}) == set()
 
 
 @pytest.mark.parametrize("cursor", ["", "x", "job_", ARTIFACT_OF_NOBODY, "job_\0"])
@@ -340,5 +343,5 @@ def test_a_job_that_was_asked_for_by_a_recipe_is_found_by_both_names(database: D
         job_id = JobRepository(session, tenant).add(request(), recipe="qlora").id
     with database.reading() as session:
         for name, found in (("qlora", [job_id]), ("rtn", [job_id]), ("gptq", [])):
-            page = JobRepository(session, tenant).page(after=None, limit=9, method=name)
+            page = JobRepository(session, tenant).page(after=None, limit=9, filters=JobFilters(method=name))
             assert [job.id for job in page.items] == found

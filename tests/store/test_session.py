@@ -1,14 +1,18 @@
 """Connections: what SQLite is told, what a lost database looks like, and that nothing half-done stays."""
 
+import time
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, make_url, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, TimeoutError
 
 from app.store.attempts import AttemptWriter
 from app.store.events import EventRepository
-from app.store.session import TO_JSON, Database
+from app.store.keys import ensure_tenant
+from app.store.models import Tenant
+from app.store.session import REQUESTS, TO_JSON, Bounds, Database
 from bitwright.errors import Unavailable
 from tests.store.samples import add, block, get, progress, take, tell
 
@@ -118,3 +122,41 @@ def test_a_body_that_fails_commits_nothing_and_frees_its_connection(database: Da
             raise ZeroDivisionError
     with database.reading() as session:
         assert session.execute(text("SELECT name FROM tenant")).scalars().all() == ["first"]
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000000000) SELECT count(*) FROM n"
+
+
+def test_a_statement_that_takes_too_long_is_ended(database_url: str) -> None:
+    database = Database(database_url, Bounds(statement=0.3))
+    for opened in (database.reading, database.transaction):
+        started = time.monotonic()
+        with pytest.raises(Unavailable, match="too long"), opened() as session:
+            session.execute(text(ENDLESS))
+        assert time.monotonic() - started < 5
+        with opened() as session:  # the next statement has its own time
+            assert session.execute(text("SELECT 1")).scalar_one() == 1
+    database.close()
+
+
+def test_a_write_that_waits_for_another_gives_up(database_url: str) -> None:
+    holder, waiting = Database(database_url), Database(database_url, replace(REQUESTS, busy=0.2))
+    with holder.transaction() as session:
+        tenant_id = ensure_tenant(session, "t").id
+    with holder.transaction() as session:
+        session.execute(select(Tenant).where(Tenant.id == tenant_id).with_for_update())
+        started = time.monotonic()
+        with pytest.raises(Unavailable), waiting.transaction() as second:
+            second.execute(update(Tenant).where(Tenant.id == tenant_id).values(name="u"))
+        assert time.monotonic() - started < 5
+    for opened in (holder, waiting):
+        opened.close()
+
+
+def test_limits_of_postgresql_go_before_those_of_its_url(postgres_url: str) -> None:
+    given = make_url(postgres_url).update_query_dict({"options": "-c statement_timeout=7000 -c geqo=off"})
+    database = Database(given.render_as_string(hide_password=False), REQUESTS)
+    names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "geqo")
+    with database.reading() as session:
+        assert [session.execute(text(f"SHOW {name}")).scalar_one() for name in names] == ["7s", "3s", "1min", "off"]
+    database.close()

@@ -101,6 +101,7 @@ def test_a_job_that_backs_off_begins_later(database: Database, tenant: str) -> N
 
 
 def test_recipes_have_durations_of_their_own(database: Database, tenant: str) -> None:
+    from app.store.job_pages import JobFilters
     from app.store.jobs import JobRepository
 
     alive(database, ("w1", DeviceClass.CPU))
@@ -110,8 +111,12 @@ def test_recipes_have_durations_of_their_own(database: Database, tenant: str) ->
     with database.transaction() as session:
         jobs = JobRepository(session, tenant)
         plain, named = jobs.add(request()).id, [jobs.add(request(), recipe="auto-round").id for _ in range(2)]
-        assert [j.id for j in jobs.page(after=None, limit=9, method="auto-round").items] == [*named[::-1], job]
-        assert {j.id for j in jobs.page(after=None, limit=9, method="rtn").items} == {plain, job, *named}
+        by_recipe, by_method = (
+            [found.id for found in jobs.page(after=None, limit=9, filters=JobFilters(method=name)).items]
+            for name in ("auto-round", "rtn")
+        )
+        assert by_recipe == [*named[::-1], job]
+        assert set(by_method) == {plain, job, *named}
     assert look(database)[named[0]].eta_seconds is None
     with database.transaction() as session:
         session.execute(delete(Job).where(Job.id == plain))

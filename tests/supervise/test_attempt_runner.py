@@ -211,10 +211,10 @@ def test_a_database_that_is_away_delays_the_end_and_loses_nothing(
     refusals = iter([True, True])
     succeed = AttemptWriter.succeed
 
-    def refuse_first(self: AttemptWriter, *arguments: object) -> None:
+    def refuse_first(self: AttemptWriter, *arguments: object, **named: object) -> None:
         if next(refusals, False):
             raise Unavailable("the database is not available now; try again")
-        succeed(self, *arguments)  # type: ignore[arg-type]
+        succeed(self, *arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(AttemptWriter, "succeed", refuse_first)
     job_id = sqlite_bench.submit("block,file:a.json:{}")

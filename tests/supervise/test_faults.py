@@ -46,11 +46,11 @@ class Away:
         self.faults, self.calls = times, 0
         really = getattr(AttemptWriter, method)
 
-        def call(writer: AttemptWriter, *arguments: object) -> object:
+        def call(writer: AttemptWriter, *arguments: object, **named: object) -> object:
             self.calls += 1
             if self.calls <= self.faults:
                 raise fault("the database is not available now; try again")
-            return really(writer, *arguments)
+            return really(writer, *arguments, **named)
 
         monkeypatch.setattr(AttemptWriter, method, call)
 

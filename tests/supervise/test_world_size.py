@@ -70,12 +70,23 @@ def test_finetuning_takes_the_ranks_that_the_method_leaves_open(
 
 def test_a_worker_counts_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity_module, "_probe", lambda: {"name": "A GPU", "memory": 1 << 30, "count": 4})
+    monkeypatch.setattr(capacity_module, "_triton_fault", lambda: None)
     found = {wanted: capacity_module.capacity("cuda", tmp_path, wanted).devices for wanted in (1, 3, "all")}
     assert found == {1: 1, 3: 3, "all": 4}
     with pytest.raises(RuntimeError, match="BITWRIGHT_DEVICES is 5, but torch finds 4"):
         capacity_module.capacity("cuda", tmp_path, 5)
     on_cpu = [capacity_module.capacity("cpu", tmp_path, wanted) for wanted in ("all", 2)]
     assert [(c.device, c.devices) for c in on_cpu] == [(DeviceClass.CPU, 1), (DeviceClass.CPU, 2)]
+
+
+def test_a_worker_says_what_keeps_triton_from_working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity_module, "_probe", lambda: {"name": "A GPU", "memory": 1 << 30, "count": 1})
+    for fault, kernels in ((None, "triton"), ("RuntimeError: Failed to find C compiler.", "torch")):
+        monkeypatch.setattr(capacity_module, "_triton_fault", lambda fault=fault: fault)
+        found = capacity_module.capacity("cuda", tmp_path)
+        assert (found.kernels, found.kernels_fault) == (kernels, fault)
+    on_cpu = capacity_module.capacity("cpu", tmp_path)
+    assert (on_cpu.kernels, on_cpu.kernels_fault) == ("torch", None)
 
 
 def test_the_setting_is_a_number_or_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,8 @@ def fetch_model(order: FetchOrder, repo_id: str, commit: str, reader: HubReader,
         InputError, InvalidRequest: the repository holds no model that the order's request fits.
         ExceedsCapacity, DiskFull: the job or its files do not fit this machine.
     """
-    folder = Path(order.models_folder) / f"{repo_id.replace('/', '--')}@{commit}"
+    owner = "" if order.tenant_id is None else f"+{order.tenant_id}"
+    folder = Path(order.models_folder) / f"{repo_id.replace('/', '--')}@{commit}{owner}"
     with holding(folder):
         if (folder / COMPLETE).exists():
             examine(order, FolderFiles(folder), report)

@@ -27,8 +27,10 @@ class FetchOrder(BaseModel):
     """Models and texts to bring from the Hub; models go into folders of their own under `models_folder`, shared by all
     jobs.
 
-    request    of the job, which the model must fit before its weights are fetched
-    capacity   bytes that the worker has, by name; what it does not know is left out
+    request     of the job, which the model must fit before its weights are fetched
+    capacity    bytes that the worker has, by name; what it does not know is left out
+    tenant_id   whose own token fetches: its models go into folders that no other tenant's jobs read, which may have no
+                access to them. None: the service's, and folders for all
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +39,7 @@ class FetchOrder(BaseModel):
     models_folder: str
     request: JobRequest | None = None
     capacity: dict[str, int] = Field(default_factory=dict)
+    tenant_id: str | None = None
     calibration: TextOrder | None = None
     evaluation: TextOrder | None = None
     finetuning: TextOrder | None = None

@@ -11,6 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -28,11 +29,14 @@ from workers.numerics.backends.block_rounding_operators import BlockGroups
 from workers.numerics.backends.column_operators import Columns, IntegerGrid, LevelGrid
 from workers.numerics.backends.float_rounding_operators import FloatGroups
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
+from workers.numerics.backends.trial import triton_fault
 from workers.numerics.blocks.axis import BlockAxis
 from workers.numerics.quantized import BlockWeight
 
 LOOP_DTYPES = frozenset({torch.bfloat16, torch.float32})
 """Of tensors that compiled loops read and write."""
+
+log = structlog.get_logger(__name__)
 
 
 class RoundingKernels(Protocol):
@@ -332,4 +336,10 @@ def _unpack_kernels() -> UnpackKernels:
 
 @cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    """True if Triton works here, found by use: without a compiler, say, all is computed by torch's operators."""
+    if find_spec("triton") is None:
+        return False
+    fault = triton_fault(torch.device("cuda"))
+    if fault is not None:
+        log.warning("triton_does_not_work", reason=fault)
+    return fault is None

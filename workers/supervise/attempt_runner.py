@@ -17,8 +17,9 @@ from app.domain.request.source_walk import read_sources
 from app.domain.request.sources import GeneratedText
 from app.store.attempts import AttemptWriter, Claim
 from bitwright.errors import AttemptSuperseded, BitwrightError, DiskFull, InternalError, SourceForbidden, Unavailable
-from bitwright.events import TEXT_ROLES, ErrorData, LogEvent
+from bitwright.events import TEXT_ROLES, BlockEvent, ErrorData, LogEvent
 from bitwright.job_states import JobStatus
+from bitwright.report import Report
 from workers.child.needs import NEEDS, over_limit, plan_limit
 from workers.disk.handover import hand_over, take_back
 from workers.disk.hub_cache import holding
@@ -37,6 +38,7 @@ from workers.supervise.outputs import store_outputs
 from workers.supervise.requirements import missed_requirement
 from workers.supervise.sources import fetch_order, model_path, text_path
 from workers.supervise.spares.spare import Spare
+from workers.supervise.tenancy import OwnToken, for_tenant, own_token
 from workers.supervise.world_size import world_size
 
 POLL_SECONDS = 0.2
@@ -54,16 +56,22 @@ def supervise(context: WorkerContext, claim: Claim) -> JobStatus | None:
     """
     with structlog.contextvars.bound_contextvars(job_id=claim.job_id, attempt=claim.attempt):
         log.info("attempt_started", worker_id=context.worker_id, device=context.device.value)
+        outcome, metrics = "lost", context.metrics
+        metrics.attempt_begins()
         try:
             with LeaseKeeper(context, claim) as lease:
-                status = _to_the_end(_Attempt(context, claim, lease))
+                attempt = _Attempt(context, claim, lease)
+                status = _to_the_end(attempt)
+                outcome = attempt.outcome or status.value
         except AttemptSuperseded:
+            outcome = AttemptSuperseded.code
             log.warning("attempt_superseded")
             return None
         except Unavailable:
             log.error("attempt_end_not_written")
             return None
         finally:
+            metrics.attempt_ends(claim.request.quantization.method, outcome)
             if context.spares is not None:
                 context.spares.attempt_ended()
         log.info("attempt_ended", status=status.value)
@@ -102,6 +110,8 @@ class _Attempt:
         self._lease = lease
         self._events = EventBuffer(context, claim)
         self._workspace = Workspace.of(context.settings.workspace_dir, claim.job_id)
+        self.outcome: str | None = None
+        """Code of the error that ended it, once there is one."""
 
     def run(self) -> JobStatus:
         """Sources, attempt, storage. Raises whatever ends the attempt early."""
@@ -119,14 +129,19 @@ class _Attempt:
         request = self._claim.request
         missed = missed_requirement(request.require, result.report, request.formats)
         self._events.flush()
+        currency = self._context.settings.price_currency
         if missed is not None:
-            return self.write(lambda writer: writer.fail(missed, report=result.report, artifacts=artifacts))
-        self.write(lambda writer: writer.succeed(result.report, artifacts))
+            self.outcome = missed.code
+            kept = {"report": result.report, "artifacts": artifacts, "currency": currency}
+            return self.write(lambda writer: writer.fail(missed, **kept))
+        self.write(lambda writer: writer.succeed(result.report, artifacts, currency=currency))
+        self._observe_stages(result.report)
         self._workspace.remove()
         return JobStatus.SUCCEEDED
 
     def fail(self, error: BitwrightError) -> JobStatus:
         """Write the attempt's error; the status that the job has then."""
+        self.outcome = error.code
         return self.write(lambda writer: writer.fail(error))
 
     def write(self, action: Callable[[AttemptWriter], T]) -> T:
@@ -153,7 +168,7 @@ class _Attempt:
 
     def _order(self, warm: WarmChild | None) -> AttemptOrder:
         request, tenant = self._claim.request, self._claim.tenant_id
-        of_tenant = (self._context, tenant)
+        of_tenant = (for_tenant(self._context, self._claim), tenant)
         model = None if request.exports else model_path(*of_tenant, request, self._workspace)
         texts = {
             f"{TEXT_ROLES[named.field]}_path": text_path(*of_tenant, named.source, self._workspace, field=named.field)
@@ -163,7 +178,7 @@ class _Attempt:
         base_job = base_job_folder(*of_tenant, request.base_job, self._workspace, exports=request.exports)
         sizes = self._context.capacity.sizes()
         wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir, sizes)
-        fetched = None if wanted.empty else self._fetch(wanted)
+        fetched = None if wanted.empty else self._fetch(wanted, own_token(self._context, self._claim))
         if fetched is not None:
             texts = {name: path or getattr(fetched, name) for name, path in texts.items()}
         return AttemptOrder(
@@ -187,12 +202,14 @@ class _Attempt:
             **texts,
         )
 
-    def _fetch(self, wanted: FetchOrder) -> FetchedLine:
+    def _fetch(self, wanted: FetchOrder, token: OwnToken | None) -> FetchedLine:
         if not self._context.settings.hub_enabled:
             hint = "use a local path, an upload or the builtin text, or ask the operator to set BITWRIGHT_HUB_ENABLED"
             raise SourceForbidden("this service may not fetch from the Hub", field="model", hint=hint)
+        wanted = wanted.model_copy(update={"tenant_id": None if token is None else token.tenant_id})
         self._workspace.write(self._workspace.fetch_order, wanted)
-        environment = fetch_environment(self._context.settings, self._workspace, self._claim)
+        text = None if token is None else token.text
+        environment = fetch_environment(self._context.settings, self._workspace, self._claim, text)
         return self._listen_for(FetchedLine, "workers.child.fetch", environment)
 
     def _compute(self, order: AttemptOrder, given: tuple[int, ...]) -> ResultLine:
@@ -322,7 +339,13 @@ class _Attempt:
                 endings.failed = endings.failed or line.error
             elif line is not None:
                 self._note_needs(line, endings)
+                if isinstance(line, BlockEvent):
+                    self._context.metrics.block(self._claim.request.quantization.method, line.seconds)
                 self._events.add(line)
+
+    def _observe_stages(self, report: Report) -> None:
+        for stage, seconds in report.seconds.items():
+            self._context.metrics.stage(stage, seconds)
 
     def _note_needs(self, event: AttemptEvent, endings: "_Endings") -> None:
         """Where a child says what its job needs, limit it to that, and end the spares that wait if it wants theirs."""

@@ -42,6 +42,10 @@ class Capacity:
     disk_total_bytes: int
     devices: int = 1
     """GPUs, or processes on a CPU, that a job may take."""
+    kernels: Literal["triton", "torch"] = "torch"
+    """What rounds weights and computes blocks: Triton's kernels on a GPU where they work, else torch's operators."""
+    kernels_fault: str | None = None
+    """What keeps Triton from working on the GPU."""
 
     def sizes(self) -> dict[str, int | None]:
         """Bytes by name, as estimates are held against; None where there is no such thing."""
@@ -64,6 +68,10 @@ def capacity(wanted: str, workspace_dir: Path, devices: int | Literal["all"] = 1
     visible = 1 if gpu is None else int(gpu["count"])
     if gpu is not None and devices != "all" and devices > visible:
         raise RuntimeError(f"BITWRIGHT_DEVICES is {devices}, but torch finds {visible} CUDA devices")
+    fault = None if gpu is None else _triton_fault()
+    if fault is not None:
+        hint = "give it a C compiler and a writable TRITON_CACHE_DIR that may hold programs; until then jobs are slower"
+        log.warning("triton_does_not_work", reason=fault, hint=hint)
     workspace_dir.mkdir(parents=True, exist_ok=True)
     disk = shutil.disk_usage(workspace_dir)
     return Capacity(
@@ -74,6 +82,8 @@ def capacity(wanted: str, workspace_dir: Path, devices: int | Literal["all"] = 1
         disk_bytes=disk.free,
         disk_total_bytes=disk.total,
         devices=visible if devices == "all" else devices,
+        kernels="torch" if gpu is None or fault is not None else "triton",
+        kernels_fault=fault,
     )
 
 
@@ -112,3 +122,15 @@ def _probe() -> dict[str, str | int] | None:
         return None
     gpu: dict[str, str | int] | None = json.loads(answer.stdout.splitlines()[-1])
     return gpu
+
+
+def _triton_fault() -> str | None:
+    """What keeps Triton from running a kernel in a child of this worker; None if it runs."""
+    command = [sys.executable, "-P", "-m", "workers.numerics.backends.trial"]
+    try:
+        answer = subprocess.run(
+            command, env=child_environment({}), capture_output=True, check=True, timeout=PROBE_SECONDS
+        )
+    except (subprocess.SubprocessError, OSError) as error:
+        return f"{type(error).__name__}: the trial did not end well"
+    return answer.stdout.decode(errors="replace").strip() or None

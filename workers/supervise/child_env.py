@@ -135,13 +135,19 @@ def waiting() -> dict[str, str]:
     return {} if any(name in os.environ for name in WAITING_IS_GIVEN) else WAITING
 
 
-def fetch_environment(settings: Settings, workspace: Workspace, claim: Claim) -> dict[str, str]:
-    """Of the fetch: the only child with the network's settings and the Hub token."""
+def fetch_environment(
+    settings: Settings, workspace: Workspace, claim: Claim, token: str | None = None
+) -> dict[str, str]:
+    """Of the fetch: the only child with the network's settings and a Hub token: the job's or its tenant's `token`, else
+    the service's.
+    """
     network = network_variables()
     if settings.hub_endpoint:
         network["HF_ENDPOINT"] = settings.hub_endpoint
-    if settings.hub_token:
-        network["HF_TOKEN"] = settings.hub_token.get_secret_value()
+    if token is None and settings.hub_token:
+        token = settings.hub_token.get_secret_value()
+    if token is not None:
+        network["HF_TOKEN"] = token
     return child_environment(
         ALWAYS | ROWS_ONLY | _names(claim) | network | {"HF_HOME": str(workspace.folder / "cache")}
     )

@@ -11,6 +11,7 @@ from bitwright.job_states import DeviceClass
 from workers.disk.orders import RuntimePlace
 from workers.supervise.capacity import Capacity
 from workers.supervise.kernels import Kernels
+from workers.supervise.metrics import WorkerMetrics
 from workers.supervise.runtimes import WarmReader
 from workers.supervise.spares.pool import Spares
 
@@ -38,6 +39,7 @@ class WorkerContext:
     reader: WarmReader | None = None
     spares: Spares | None = None
     kernels: Kernels | None = None
+    metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
 
     @property
     def device(self) -> DeviceClass:

@@ -1,9 +1,10 @@
 """Transfer of an attempt's output from its workspace into the blob store."""
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from app.domain.attempt_lines import ResultLine
 from app.domain.full_disk import disk_full
+from app.domain.media_types import media_type
 from app.store.attempts import NewArtifact
 from app.store.blobs import BlobStore
 from bitwright.errors import DiskFull, InternalError, StorageError
@@ -11,19 +12,6 @@ from bitwright.events import ProgressEvent, Stage
 from workers.disk.workspace import Workspace, output_files
 from workers.supervise.events import EventBuffer
 from workers.supervise.lease import LeaseKeeper
-
-MEDIA_TYPES = {
-    ".json": "application/json",
-    ".md": "text/markdown",
-    ".txt": "text/plain",
-    ".jinja": "text/plain",
-    ".py": "text/x-python",
-}
-
-
-def media_type(name: str) -> str:
-    """Of a checkpoint's file, by its name; tensors are bytes."""
-    return MEDIA_TYPES.get(PurePosixPath(name).suffix.lower(), "application/octet-stream")
 
 
 def store_outputs(

@@ -11,6 +11,7 @@ from bitwright.errors import Unavailable
 from bitwright.job_states import DeviceClass
 from workers.supervise.attempt_runner import supervise
 from workers.supervise.context import WorkerContext
+from workers.supervise.tenancy import terms_of
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +40,7 @@ def _next(context: WorkerContext) -> Claim | None:
                 worker_id=context.worker_id,
                 device_class=DeviceClass(context.device),
                 lease_seconds=context.settings.lease_seconds,
+                terms=terms_of(context.settings, context.device, context.capacity.devices),
             )
     except Unavailable:
         log.warning("claim_failed")

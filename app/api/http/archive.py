@@ -10,9 +10,10 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from app.api.auth import Reader
-from app.api.deps import BlobsOf, DatabaseOf
+from app.api.deps import BlobsOf, DatabaseOf, LaterOf
 from app.api.http.content import REVALIDATED, conditions, representation_headers, stream
 from app.api.http.documentation import binary, problems, text_header
+from app.api.tenancy.downloads import note_download
 from app.domain.formats import ExportFormat
 from app.store.artifacts import ArtifactRepository
 from app.store.blobs import BlobStore
@@ -90,6 +91,7 @@ def get_archive(
     principal: Reader,
     database: DatabaseOf,
     blobs: BlobsOf,
+    later: LaterOf,
     export_format: FormatName = None,
     folder: FolderName = None,
 ) -> Response:
@@ -115,6 +117,8 @@ def get_archive(
         if not blobs.exists(artifact.sha256):
             raise StorageError(f"the bytes of artifact {artifact.id} are missing in the blob store")
     length = sum(member.length for member in members) + len(END)
+    if request.method == "GET":
+        note_download(later, database, principal, "archive.downloaded", job_id, length)
     chunks = iter(()) if request.method == "HEAD" else write_tar(blobs, members)
     return stream(chunks, length, media_type=MEDIA_TYPE, headers=headers, status=200)
 
@@ -133,6 +137,7 @@ def head_archive(
     principal: Reader,
     database: DatabaseOf,
     blobs: BlobsOf,
+    later: LaterOf,
     export_format: FormatName = None,
     folder: FolderName = None,
 ) -> Response:
@@ -143,6 +148,7 @@ def head_archive(
         principal=principal,
         database=database,
         blobs=blobs,
+        later=later,
         export_format=export_format,
         folder=folder,
     )

@@ -26,6 +26,7 @@ TAGS = [
     {"name": "artifacts", "description": "The files that a job made."},
     {"name": "uploads", "description": "Send a checkpoint or a text in parts."},
     {"name": "catalogue", "description": "What there is: methods, formats, workers."},
+    {"name": "admin", "description": "For operators: tenants, their keys, quotas, use and the audit log."},
     {"name": "health", "description": "For orchestrators and monitoring."},
 ]
 
@@ -77,10 +78,10 @@ def text_header(description: str, kind: str = "string") -> dict[str, Any]:
     return {"description": description, "schema": {"type": kind}}
 
 
-def binary(description: str, media_type: str, **headers: str) -> dict[str, Any]:
+def binary(description: str, *media_types: str, **headers: str) -> dict[str, Any]:
     """An OpenAPI response of raw bytes; `headers` are names, with `_` for `-`, and descriptions."""
     return {
         "description": description,
-        "content": {media_type: {"schema": {"type": "string", "format": "binary"}}},
+        "content": {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in media_types},
         "headers": {name.replace("_", "-"): text_header(text) for name, text in headers.items()},
     }

@@ -4,7 +4,7 @@ Errors of the domain carry their status and code; errors of the framework are ma
 becomes `internal_error`: the log has the cause, the caller gets the request's id and nothing else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from http import HTTPStatus
 
 import structlog
@@ -13,17 +13,22 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Match, Route
 
+from app.api.tenancy.limit_headers import limit_of, tell_limit
+from app.domain.full_disk import disk_full
 from app.domain.request.problems import unknown_field
 from bitwright.errors import (
     BitwrightError,
     BodyTooLarge,
+    DiskFull,
     FieldProblem,
     InternalError,
     InvalidRequest,
     MalformedBody,
     MethodNotAllowed,
     NotFound,
+    QuotaExceeded,
     RequestError,
     Unauthenticated,
     shorten,
@@ -40,6 +45,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(BitwrightError, _on_domain_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(OSError, _on_system_error)
 
 
 def problem_response(
@@ -57,14 +63,16 @@ def problem_response(
         value=error.value,
         hint=error.hint,
         errors=list(error.errors),
+        violated_policies=[error.policy] if isinstance(error, QuotaExceeded) else None,
         request_id=request_id,
     )
-    content = problem.model_dump(mode="json", exclude_none=True)
+    content = problem.model_dump(mode="json", exclude_none=True, by_alias=True)
     extra = dict(headers or {})
     if error.status == HTTPStatus.UNAUTHORIZED:
         extra["WWW-Authenticate"] = 'Bearer realm="bitwright"'
     if error.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-        extra["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        seconds = error.retry_after_seconds if isinstance(error, QuotaExceeded) else RETRY_AFTER_SECONDS
+        extra["Retry-After"] = str(seconds)
     return JSONResponse(content, status_code=error.status, headers=extra, media_type=MEDIA_TYPE)
 
 
@@ -79,7 +87,17 @@ def _on_domain_error(request: Request, error: Exception) -> Response:
         raise error
     if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         log.error("request_failed", code=error.code, detail=error.detail, exc_info=error)
+    limit = limit_of(error) if isinstance(error, QuotaExceeded) else None
+    if limit is not None:
+        tell_limit(request.scope, limit)
     return respond(request, error, getattr(error, "headers", None))
+
+
+def _on_system_error(request: Request, error: Exception) -> Response:
+    """A full disk is told as what it is, wherever it is met; all else nobody foresaw."""
+    if not disk_full(error):
+        raise error
+    return _on_domain_error(request, DiskFull("the service's disk is full"))
 
 
 def _on_validation_error(request: Request, error: Exception) -> Response:
@@ -126,7 +144,26 @@ def _code(kind: str) -> str:
 def _on_http_exception(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    return respond(request, error_from_status(error.status_code, str(error.detail), request), error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(_methods_of(request))
+    return respond(request, error_from_status(error.status_code, str(error.detail), request), headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """All methods of the request's path: each is a route of its own, and the framework names those of the first one."""
+    here = [route for route in _single_routes(request.app.routes) if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in here for method in route.methods or ()})
+
+
+def _single_routes(routes: Iterable[BaseRoute]) -> Iterator[Route]:
+    """The routes of an application and of the routers that it includes, which FastAPI keeps as they are."""
+    for route in routes:
+        included = getattr(route, "original_router", None)
+        if included is not None:
+            yield from _single_routes(included.routes)
+        elif isinstance(route, Route):
+            yield route
 
 
 def error_from_status(status: int, detail: str, request: Request) -> BitwrightError:

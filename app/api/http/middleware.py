@@ -5,7 +5,7 @@ Plain ASGI, so that streams pass through untouched.
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from secrets import token_hex
 
 import structlog
@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.http.errors import problem_response
+from app.api.tenancy.limit_headers import limit_headers
 from bitwright.errors import BodyTooLarge, InternalError
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
@@ -54,7 +55,7 @@ class RequestContext:
             nonlocal status, answered_after
             if message["type"] == "http.response.start":
                 status, answered_after = message["status"], time.perf_counter() - started
-                _add_headers(MutableHeaders(scope=message), request_id)
+                _add_headers(MutableHeaders(scope=message), request_id, limit_headers(scope))
             await send(message)
 
         try:
@@ -82,8 +83,9 @@ def _request_id(given: str | None) -> str:
     return given if given and REQUEST_ID.fullmatch(given) else token_hex(16)
 
 
-def _add_headers(headers: MutableHeaders, request_id: str) -> None:
+def _add_headers(headers: MutableHeaders, request_id: str, limits: Mapping[str, str]) -> None:
     headers["X-Request-ID"] = request_id
+    headers.update(limits)
     for name, value in SECURITY_HEADERS.items():
         headers.setdefault(name, value)
 

@@ -3,13 +3,15 @@
 from typing import Annotated, Any
 
 import structlog
-from fastapi import APIRouter, BackgroundTasks, Query, Response
+from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 
 from app.api.auth import Submitter
-from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf
+from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf, QueueOf, SettingsOf
 from app.api.http.documentation import problems
 from app.api.jobs import ACCEPTED, accepted
 from app.api.submission.base_jobs import exported_job
+from app.api.tenancy.admission import NO_ROOM, require_allowed_priority
+from app.api.tenancy.queueing import policy_and_settings, queue_job
 from app.api.views import JobView, PreflightView
 from app.domain.fit import refusal
 from app.domain.request.exports import ExportOf, ExportRequest, export_advice, export_problems, export_request
@@ -33,7 +35,8 @@ log = structlog.get_logger(__name__)
         200: {"description": "Dry run: nothing is stored.", "model": PreflightView},
         202: ACCEPTED,
         **problems(
-            "not_found", "base_job_unusable", "format_cannot_hold", "offset_not_representable", "idempotency_key_reused"
+            *("not_found", "base_job_unusable", "format_cannot_hold", "offset_not_representable"),
+            *("idempotency_key_reused", *NO_ROOM),
         ),
     },
 )
@@ -44,9 +47,12 @@ def export_job(
     response: Response,
     background: BackgroundTasks,
     principal: Submitter,
+    settings: SettingsOf,
     database: DatabaseOf,
     blobs: BlobsOf,
     metrics: MetricsOf,
+    http: Request,
+    queue: QueueOf,
     dry_run: Annotated[bool, Query(description="Check and advise; store nothing.")] = False,
     idempotency_key: IdempotencyHeader = None,
 ) -> Any:
@@ -62,21 +68,22 @@ def export_job(
         jobs = JobRepository(*tenant)
         earlier = None if idempotency is None or dry_run else jobs.find_replayed(idempotency)
         if earlier is not None:
-            return accepted(session, earlier, response)
+            return accepted(earlier, response, queue)
         base, kept = exported_job(job_id, jobs, ArtifactRepository(*tenant), blobs)
     found = export_problems(base, kept, body.formats)
     if found:
         raise refusal(found)
+    request = export_request(base, job_id, body)
     if dry_run:
-        advice = export_advice(kept, body.formats)
-        checked = PreflightView(request=export_request(base, job_id, body), warnings=advice)
+        checked = PreflightView(request=request, warnings=export_advice(kept, body.formats))
         return Response(checked.model_dump_json(), media_type="application/json")
     with database.transaction() as session:
-        job = JobRepository(session, principal.tenant_id).add(
-            export_request(base, job_id, body), idempotency=idempotency
-        )
-        view = accepted(session, job, response)
+        policy, _ = policy_and_settings(session, principal, settings)
+        require_allowed_priority(policy, request)
+        job = queue_job(session, http, principal, policy, request, idempotency=idempotency)
         alive = live_classes(session)
+    queue.forget()
+    view = accepted(job, response, queue)
     if not job.replayed:
         metrics.submitted.labels(job.method).inc()
         log.info("export_queued", job_id=job.id, base_job=job_id, formats=[name.value for name in body.formats])

@@ -3,7 +3,9 @@
 from typing import Any
 
 from app.domain.methods import MAX_BITS, METHODS, MIN_BITS
-from app.domain.request.base_job import JOB_ID
+from app.domain.request.adapter_recipes import ADAPTER_RECIPES
+from app.domain.request.shorthand import RECIPES
+from app.store.ids import id_pattern
 
 SHORTHAND_EXAMPLE = {"model": "HuggingFaceTB/SmolLM2-135M", "method": "signround", "bits": 4}
 FINETUNE_EXAMPLE = {
@@ -33,6 +35,7 @@ FULL_EXAMPLE = {
     "metadata": {"commit": "abc123"},
 }
 
+METHOD_NAMES = [*METHODS, *RECIPES, *ADAPTER_RECIPES]
 SHORTHAND_SCHEMA: dict[str, Any] = {
     "type": "object",
     "title": "Shorthand",
@@ -45,7 +48,11 @@ SHORTHAND_SCHEMA: dict[str, Any] = {
             "description": "`org/name` on the Hub, an absolute path, or `upl_…`.",
             "examples": ["HuggingFaceTB/SmolLM2-135M"],
         },
-        "method": {"type": "string", "description": "A method or recipe of GET /v1/methods."},
+        "method": {
+            "type": "string",
+            "enum": METHOD_NAMES,
+            "description": "A method or recipe of GET /v1/methods.",
+        },
         "bits": {"type": "integer", "minimum": MIN_BITS, "maximum": MAX_BITS},
         "group_size": {"type": "integer", "minimum": -1},
         "symmetric": {"type": "boolean"},
@@ -66,8 +73,8 @@ CONTINUED_SCHEMA: dict[str, Any] = {
     "required": ["finetune"],
     "anyOf": [{"required": ["base_job"]}, {"required": ["model"]}],
     "properties": {
-        "base_job": {"type": "string", "pattern": JOB_ID, "description": "A job of yours that succeeded."},
-        "model": {"type": "string", "pattern": JOB_ID, "description": "The same."},
+        "base_job": {"type": "string", "pattern": id_pattern("job"), "description": "A job of yours that succeeded."},
+        "model": {"type": "string", "pattern": id_pattern("job"), "description": "The same."},
         "finetune": {"$ref": "#/components/schemas/Finetune"},
     },
 }

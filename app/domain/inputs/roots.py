@@ -31,3 +31,11 @@ def check_links(folder: Path, roots: tuple[Path, ...]) -> None:
             name = entry.relative_to(folder).as_posix()
             detail = f"{name} is a link out of the allowed folders"
             raise SourceForbidden(detail, field="model.path", value=name, hint=ALLOWED_HINT)
+
+
+def roots_of(roots: Iterable[Path], own: Iterable[str] | None) -> tuple[Path, ...]:
+    """Folders that a tenant may read: its own that lie under the service's `roots`; None: all of those."""
+    allowed = tuple(roots)
+    if own is None:
+        return allowed
+    return tuple(path for path in map(Path, own) if path.is_absolute() and lies_under(path, allowed))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.domain.format_rules import head_problems, model_problems, other_formats, stored_problems
 from app.domain.formats import EmbeddingRule, ExportFormat, Offsets
@@ -18,6 +18,7 @@ from app.domain.inputs.architectures import read_dimensions
 from app.domain.methods import Form, Scheme
 from app.domain.request.job_request import JobRequest, MetadataKey, MetadataValue
 from bitwright.errors import CorruptCheckpoint, FieldProblem, UnsupportedArchitecture
+from bitwright.whole_numbers import with_whole_numbers
 
 KEPT_ALREADY = "the job keeps it already: download it from there, or leave it out"
 
@@ -41,6 +42,11 @@ class ExportRequest(BaseModel):
     metadata: dict[MetadataKey, MetadataValue] = Field(
         default_factory=dict, max_length=16, description="Up to 16 labels of your own; lists filter by them."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_whole_numbers(cls, body: Any) -> Any:
+        return with_whole_numbers(body)
 
 
 class ExportOf(ExportRequest):

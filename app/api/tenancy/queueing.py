@@ -1,0 +1,75 @@
+"""A job queued for a tenant: within its quotas, in the audit log, with its Hub token sealed, all in one transaction."""
+
+from fastapi import Request
+from sqlalchemy.orm import Session
+
+from app.api.tenancy.admission import actor, require_job_room
+from app.api.tenancy.limit_headers import Limit, tell_limit
+from app.domain.access import Principal
+from app.domain.inputs.roots import roots_of
+from app.domain.request.job_request import JobRequest
+from app.settings import Settings
+from app.store.audit import record
+from app.store.hub_tokens import TOKEN_FIELD, Vault, has_own_token, keep_token
+from app.store.idempotency import Idempotency
+from app.store.jobs import JobRepository
+from app.store.models import Job
+from app.store.tenants import Policy, policy_of
+from app.store.usage import cost_micros, money
+from bitwright.errors import QueuedJobsExceeded
+from bitwright.money import Money
+
+
+def policy_and_settings(session: Session, principal: Principal, settings: Settings) -> tuple[Policy, Settings]:
+    """The tenant's policy, and the settings as they are for it: with the folders that it may read."""
+    policy = policy_of(session, principal.tenant_id, settings.tenant_quotas)
+    roots = roots_of(settings.model_roots, policy.model_roots)
+    return policy, settings.model_copy(update={"model_roots": roots})
+
+
+def has_token(session: Session, principal: Principal, token: str | None) -> bool:
+    """True if the job is fetched with another token than the service's."""
+    return token is not None or has_own_token(session, principal.tenant_id)
+
+
+def queue_job(
+    session: Session,
+    http: Request,
+    principal: Principal,
+    policy: Policy,
+    request: JobRequest,
+    *,
+    recipe: str | None = None,
+    idempotency: Idempotency | None = None,
+    vault: Vault | None = None,
+    token: str | None = None,
+) -> Job:
+    """Queue a job; for a repeated key, the earlier one with `replayed` set.
+
+    Raises:
+        QueuedJobsExceeded, StorageExceeded: there is no room for it.
+        InvalidRequest: see `JobRepository.add`; or there is a token, and the service cannot keep one.
+        KeyReused: the key was used for another request.
+    """
+    room = require_job_room(session, principal.tenant_id, policy)
+    job = JobRepository(session, principal.tenant_id).add(request, recipe=recipe, idempotency=idempotency)
+    if job.replayed:
+        return job
+    if room is not None and policy.quotas.queued_jobs is not None:
+        tell_limit(http.scope, Limit(QueuedJobsExceeded.policy, policy.quotas.queued_jobs, room))
+    if token is not None and vault is not None:
+        keep_token(session, vault, token, tenant_id=principal.tenant_id, job_id=job.id, field=TOKEN_FIELD)
+    details = {"method": job.method, "model": job.model[:200], "own_hub_token": token is not None}
+    record(session, actor(principal), "job.submitted", job.id, details)
+    return job
+
+
+def estimated_cost(estimates: dict[str, object], settings: Settings) -> dict[str, Money]:
+    """Money for the estimated seconds on one device, by its class, where that has a price."""
+    seconds = estimates.get("seconds")
+    prices = {device: settings.price_micros(device) for device in ("cpu", "cuda")}
+    return {
+        device: money(cost_micros(float(seconds[device]), price), settings.price_currency)
+        for device, price in prices.items()
+        if price is not None and isinstance(seconds, dict) and device in seconds
+    }

@@ -1,0 +1,143 @@
+"""Pages of a tenant's jobs by any filters, at a cost that does not grow with the jobs that do not match.
+
+Every filter has an index in the order of pages. Status, method and model are read together: jobs of each status, by
+method and by recipe each, from its index, then merged. Of labels a rare one is read first, and the others are looked
+up for each of its jobs. Only filters that are all frequent and never meet are searched at length; the time limit of a
+statement (`Database`) ends that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+from sqlalchemy import ColumnElement, Select, func, literal_column, select, tuple_, union
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased, defer
+
+from app.store.models import MODEL_START, START_LENGTH, Job, JobLabel
+from bitwright.job_states import JobStatus
+
+FEW = 1000
+"""A label that fewer jobs have is read in full before all else is looked up."""
+MANY = 10_000
+"""A label that more jobs have is looked up where there is a column to begin with."""
+
+Ids = Select[str]
+Conditions = list[ColumnElement[bool]]
+
+
+@dataclass(frozen=True)
+class JobFilters:
+    """What the jobs of a list have in common; None stands for any."""
+
+    status: JobStatus | None = None
+    method: str | None = None
+    """A method, or the recipe that was asked for."""
+    model: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def by_columns(self) -> bool:
+        """True if a column of the job is among the filters."""
+        return any(wanted is not None for wanted in (self.status, self.method, self.model))
+
+    @property
+    def texts(self) -> list[str]:
+        """All that a caller wrote."""
+        return [text for text in (self.method, self.model, *self.labels, *self.labels.values()) if text is not None]
+
+
+def newest_jobs(session: Session, tenant_id: str, filters: JobFilters, after: str | None, limit: int) -> Sequence[Job]:
+    """Up to `limit` jobs, newest first, that match every filter and are older than the job `after`; without reports."""
+    ids = session.scalars(_matching(session, tenant_id, filters, after, limit)).all()
+    page = select(Job).where(Job.id.in_(ids)).order_by(Job.id.desc())
+    return session.scalars(page.options(defer(Job.report, raiseload=True))).all()
+
+
+def _matching(session: Session, tenant_id: str, filters: JobFilters, after: str | None, limit: int) -> Ids:
+    """The query for the ids of a page."""
+    branches = [
+        select(Job.id).where(Job.tenant_id == tenant_id, *_before(Job.id, after), *columns)
+        for columns in _indexed_columns(filters)
+    ]
+    if not filters.labels:
+        return _newest(branches, limit)
+    by_label = [
+        select(JobLabel.job_id).where(*_is_label(tenant_id, *label), *_before(JobLabel.job_id, after))
+        for label in filters.labels.items()
+    ]
+    rarest, count = _rarest(session, by_label)
+    labelled = _has_labels(Job.id, tenant_id, filters)
+    if count < FEW:
+        some = session.scalars(rarest).all()
+        return select(Job.id).where(Job.id.in_(some), *_columns(filters), labelled).order_by(Job.id.desc()).limit(limit)
+    if filters.by_columns and count >= MANY:
+        return _newest([branch.where(labelled) for branch in branches], limit)
+    others = _has_labels(JobLabel.job_id, tenant_id, filters)
+    return rarest.join(Job).where(*_columns(filters), others).order_by(JobLabel.job_id.desc()).limit(limit)
+
+
+def _rarest(session: Session, by_label: Sequence[Ids]) -> tuple[Ids, int]:
+    """The label that the fewest jobs have, of those that are looked at, and how many do, up to `MANY`."""
+    rarest, least = by_label[0], MANY
+    for ids in by_label:
+        count = session.scalar(select(func.count()).select_from(ids.limit(least).subquery())) or 0
+        if count < least:
+            rarest, least = ids, count
+        if least < FEW:
+            break
+    return rarest, least
+
+
+def _indexed_columns(filters: JobFilters) -> list[Conditions]:
+    """Conditions of each part of an index in which the jobs stand in the order of pages; one job may be in two."""
+    if not filters.by_columns:
+        return [[]]
+    statuses = [filters.status] if filters.status is not None else list(JobStatus)
+    names: list[Conditions] = [[]]
+    if filters.method is not None:
+        names = [[Job.method == filters.method], [Job.recipe == filters.method]]
+    return [[Job.status == status, *name, *_is_model(filters)] for status, name in product(statuses, names)]
+
+
+def _columns(filters: JobFilters) -> Conditions:
+    """The same filters as one condition."""
+    conditions = [Job.status == filters.status] if filters.status is not None else []
+    if filters.method is not None:
+        conditions.append((Job.method == filters.method) | (Job.recipe == filters.method))
+    return [*conditions, *_is_model(filters)]
+
+
+def _is_model(filters: JobFilters) -> Conditions:
+    if filters.model is None:
+        return []
+    start: ColumnElement[str] = literal_column(MODEL_START)
+    return [start == filters.model[:START_LENGTH], Job.model == filters.model]
+
+
+def _has_labels(job_id: InstrumentedAttribute[str], tenant_id: str, filters: JobFilters) -> ColumnElement[bool]:
+    """That a job has every label: counted among its own, which are sixteen at the most.
+
+    One subquery, where one for each label would keep a planner busy for longer than the search takes.
+    """
+    label = aliased(JobLabel)
+    mine = (label.job_id == job_id, label.tenant_id == tenant_id)
+    wanted = tuple_(label.name, label.value).in_(list(filters.labels.items()))
+    count = select(func.count()).select_from(label).where(*mine, wanted).correlate(Job, JobLabel).scalar_subquery()
+    return count == len(filters.labels)
+
+
+def _is_label(tenant_id: str, name: str, value: str) -> Conditions:
+    return [JobLabel.tenant_id == tenant_id, JobLabel.name == name, JobLabel.value == value]
+
+
+def _before(job_id: InstrumentedAttribute[str], after: str | None) -> Conditions:
+    return [job_id < after] if after is not None else []
+
+
+def _newest(branches: Sequence[Ids], limit: int) -> Ids:
+    """The newest ids of all branches, each once."""
+    newest = [branch.order_by(Job.id.desc()).limit(limit) for branch in branches]
+    if len(newest) == 1:
+        return newest[0]
+    merged = union(*(select(branch.subquery().c.id) for branch in newest)).subquery()
+    return select(merged.c.id).order_by(merged.c.id.desc()).limit(limit)

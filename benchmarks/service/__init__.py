@@ -1,0 +1,1 @@
+"""The API under load, without workers: lists of a million jobs, reads, submissions and event streams."""

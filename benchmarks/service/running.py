@@ -1,0 +1,58 @@
+"""`bitwright api` of this version or of another one, as a process beside the benchmark."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+from tests.servers import free_port
+
+START_SECONDS = 60.0
+BEFORE = ["-m", "uvicorn", "--factory", "app.api.main:create_app"]
+"""How the API was started before there was `bitwright api`."""
+
+
+@contextmanager
+def running_api(url: str, *, tree: str = "", broker_url: str = "", **settings: str) -> Iterator[str]:
+    """The API on a database; its address. `tree` is the folder of another version's source."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="bitwright-load-") as folder:
+        values = {"DATABASE_URL": url, "DATA_DIR": folder, "PORT": str(port), "LOG_LEVEL": "WARNING", **settings}
+        values |= {"BROKER_URL": broker_url} if broker_url else {}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("BITWRIGHT_")}
+        environment = {**kept, **{f"BITWRIGHT_{name}": value for name, value in values.items()}}
+        command = ["-m", "bitwright.cli", "api"]
+        if tree:
+            environment["PYTHONPATH"] = tree
+            command = [*BEFORE, "--port", str(port), "--no-access-log"]
+        process = subprocess.Popen([sys.executable, "-P", *command], env=environment, cwd=tree or None)
+        try:
+            _await_answer(process, f"http://127.0.0.1:{port}/livez")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _await_answer(process: subprocess.Popen[bytes], address: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        if process.poll() is not None:
+            raise RuntimeError(f"the API ended with {process.returncode}")
+        try:
+            httpx.get(address, timeout=20)
+        except httpx.TransportError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
