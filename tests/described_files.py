@@ -17,6 +17,7 @@ FILES = MappingProxyType(
         "requirements-vllm.txt": "What `make test-vllm` installs",
         "docs/adding-a-format.md": "The two touches of a new format",
         "docs/index.md": "All pages, grouped by what a reader wants to do",
+        "docs/security.md": "What a stranger's job may do, and the limits of what reads it",
         "docs/quickstart.md": "From nothing to a quantized checkpoint",
         "docs/code-map.md": "Seven files to read first, and this tree",
         "docs/papers.md": "Per paper, the request that reproduces its row and our figure",

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import structlog
 
@@ -70,8 +71,11 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
 
 def _make_way(settings: Settings, user: int) -> None:
     """Let the user that attempts run as get to its workspaces, and keep what Triton compiles for it."""
-    for folder in (settings.workspace_dir / SPARES, compiled_folder(settings, user)):
+    own = (settings.workspace_dir / SPARES, compiled_folder(settings, user))
+    for folder in own:
         folder.mkdir(parents=True, exist_ok=True)
+    # It imports from these folders as long as it lives.
+    for folder in (*own, *(Path(prefix) / "lib" for prefix in (sys.prefix, sys.base_prefix)), Path(__file__)):
         demand_way(folder, user)
     os.chown(compiled_folder(settings, user), user, user)
 

@@ -64,24 +64,25 @@ def main(arguments: list[str]) -> None:
         os._exit(EXIT_NOT_FOUND)
 
 
-def leave_network(*, namespaces: bool = True) -> None:
+def leave_network(*, namespaces: bool = True, of_user: bool = True) -> None:
     """Go where there is no network but a loopback of one's own; else refuse internet sockets, if the kernel can.
 
     namespaces   whether one's own is tried first
+    of_user      whether one's own users may come along, where that is what it costs
 
     Raises:
         OSError: the kernel does neither.
     """
-    if not (namespaces and enter_namespaces()):
+    if not (namespaces and enter_namespaces(of_user=of_user)):
         refuse_internet_sockets()
 
 
-def enter_namespaces() -> bool:
+def enter_namespaces(*, of_user: bool = True) -> bool:
     """Go where there is no network but a loopback of one's own; False where the kernel does not let this process."""
     user, group = os.getuid(), os.getgid()
     if _unshare(CLONE_NEWNET):
         _loopback_up()
-    elif _unshare(CLONE_NEWUSER | CLONE_NEWNET):
+    elif of_user and _unshare(CLONE_NEWUSER | CLONE_NEWNET):
         with suppress(OSError):  # files keep their owner either way; programs that ask who they are get an answer
             Path("/proc/self/setgroups").write_text("deny")
             Path("/proc/self/uid_map").write_text(f"{user} {user} 1")

@@ -5,10 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from app.domain.request.job_request import Calibration, JobRequest
 from app.limited.limits import Ended, Limits
 from app.limited.process import LimitedProcess
 from tests.hostile.inputs import Input, inputs
+from workers.disk.orders import WarmChild
+from workers.engine.job_texts import read_files
+from workers.engine.text.sequences import Sequences, load_tokenizer
+from workers.engine.text.stored_texts import LoadedTexts, save_texts
+from workers.engine.untrusted.asking import JobInput
 from workers.engine.untrusted.lines import InputAnswer, InputOrder
 from workers.runtimes.order import FILE_BYTES, HOST
 
@@ -64,3 +72,55 @@ def test_the_child_reads_a_sound_input_afterwards(child: LimitedProcess, tmp_pat
     assert answer.texts is not None
     assert answer.texts.calibration is not None
     assert (tmp_path / "place" / "texts.safetensors").stat().st_size > 2 * 16 * 8
+
+
+def test_texts_are_those_that_this_process_reads(child: LimitedProcess, tmp_path: Path) -> None:
+    """Calibration, evaluation and training text: tokens, notes and counts through the child's file and line."""
+    rows = [
+        {"text": f"{word} statement is used to wrap execution of block methods " * 3} for word in ["the", "a", "with"]
+    ]
+    order = Input("sound", None, rows=[*rows, {"text": ""}, {**rows[0], "more": 1}] * 4).order(tmp_path)
+    dataset = {"source": "local", "path": str(order.calibration_path)}
+    part = {"dataset": dataset, "num_samples": 1, "sequence_length": 16}
+    tune = {"dataset": dataset, "steps": 1, "sequence_length": 24, "validation_share": 0.3}
+    body = {"model": order.model_path, "method": "qlora", "bits": 4, "finetune": tune}
+    for request in (
+        JobRequest.parse({**body, "evaluation": part}),
+        JobRequest.parse(
+            {"model": order.model_path, "method": "gptq", "bits": 4, "calibration": part, "evaluation": part}
+        ),
+    ):
+        paths = dict.fromkeys(("calibration_path", "evaluation_path", "finetuning_path"), order.calibration_path)
+        warm = WarmChild(orders=child.handle.orders, answers=child.handle.answers, pid=child.handle.pid)
+        changed = order.model_copy(update={"request": request, "warm": warm, "limits_input": True, **paths})
+        expected = read_files(changed, load_tokenizer(Path(order.model_path)))
+        inputs_of_ranks = [JobInput.of(changed, tmp_path / request.quantization.method, rank) for rank in (0, 1)]
+        for part_of_rank in inputs_of_ranks:
+            part_of_rank.try_model()
+            part_of_rank.ask_texts()
+        for read_by_rank in (each.texts() for each in inputs_of_ranks):
+            for name in ("calibration", "evaluation"):
+                theirs, ours = getattr(read_by_rank, name), getattr(expected, name)
+                assert (theirs is None) == (ours is None)
+                if ours is not None:
+                    assert (theirs.sha256, theirs.notes, theirs.report()) == (ours.sha256, ours.notes, ours.report())
+            theirs, ours = read_by_rank.finetuning, expected.finetuning
+            assert (theirs is None) == (ours is None)
+            if theirs is not None and ours is not None:
+                assert (theirs.sha256, theirs.examples.cut) == (ours.sha256, ours.examples.cut)
+                assert theirs.examples.notes == ours.examples.notes
+                assert torch.equal(theirs.training.ids, ours.training.ids)
+                assert torch.equal(theirs.training.targets, ours.training.targets)
+                assert (theirs.held_out is None) == (ours.held_out is None)
+
+
+@pytest.mark.parametrize("change", ["dtype", "shape", "negative", "gone"])
+def test_tokens_that_are_none_are_no_text(change: str, tmp_path: Path) -> None:
+    asked = Calibration.model_validate({"num_samples": 2, "sequence_length": 16})
+    ids = torch.arange(32).view(2, 16)
+    changed = {"dtype": ids.int(), "shape": ids.view(16, 2), "negative": ids - 1, "gone": None}[change]
+    line = save_texts(tmp_path / "texts", Sequences(ids, "a"), None, None)
+    assert torch.equal(LoadedTexts(tmp_path / "texts", line).sequences("calibration", asked).ids, ids)  # type: ignore[union-attr]
+    save_file({"b": ids} if changed is None else {"calibration": changed}, tmp_path / "texts")
+    with pytest.raises((ValueError, KeyError)):
+        LoadedTexts(tmp_path / "texts", line).sequences("calibration", asked)

@@ -12,15 +12,19 @@ A real process on the real lifeline, pipe and lock; only the computation is left
     log:EVENT       write a log line                          outside         a result that names a folder outside
     result          report the result, and go on              failed:CODE     report a failure, and go on
     environment     report the names of its variables         rank:N:STEP     only as this rank
+    hold:BYTES      hold such memory                        confined:PORT   report what it may still do
     needs:BYTES     say that the job needs such memory      given           report what it reads from the warm child
     pid             report its process id and rank            lost:N          wait for rank N's end, which told
                                                                               its pid, and fail over it
 A step is the first rank's unless `rank` says otherwise.
 """
 
+import encodings.idna  # noqa: F401 - a connection wants it, and Python may lie where another user gets nothing from
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -123,6 +127,30 @@ class Script:
         fields = {"host_memory_bytes": int(size), "device_memory_bytes": 0}
         self.pipe.write(LogEvent(event="memory_needed", fields=dict(fields)))
 
+    def hold(self, size: str) -> None:
+        self.held = bytearray(int(size))
+        for place in range(0, len(self.held), 4096):
+            self.held[place] = 1
+
+    def confined(self, port: str) -> None:
+        """Tells what this process may still do; `port` is one of a server outside."""
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        try:
+            with socket.create_connection(("127.0.0.1", int(port)), 2):
+                reached = "reached"
+        except OSError as error:
+            reached = type(error).__name__
+        with socket.socketpair()[0]:
+            pass
+        fields: dict[str, str | int] = {
+            **{"privileges": status["NoNewPrivs"].strip(), "user": os.getuid(), "groups": len(os.getgroups())},
+            **{"reached": reached, "core": resource.getrlimit(resource.RLIMIT_CORE)[0]},
+            **{"file": resource.getrlimit(resource.RLIMIT_FSIZE)[0]},
+            **{"opens": resource.getrlimit(resource.RLIMIT_NOFILE)[0]},
+            **{"home": os.environ.get("HOME", ""), "namespace": os.readlink("/proc/self/ns/net")},
+        }
+        self.pipe.write(LogEvent(event=f"confined_{self.rank}", fields=dict(fields)))
+
     def given(self, _: str) -> None:
         assert self.order.warm is not None
         os.write(self.order.warm.orders, b"asked\n")
@@ -169,6 +197,8 @@ STEPS: dict[str, Callable[[Script, str], object]] = {
     "outside": Script.outside,
     "needs": Script.needs,
     "given": Script.given,
+    "hold": Script.hold,
+    "confined": Script.confined,
     "pid": Script.pid,
     "lost": Script.lost,
     "log": lambda _, event: structlog.get_logger("script").info(event),

@@ -72,14 +72,16 @@ def become(user: int) -> None:
 
 
 def _leave_network(how: str, workspace: Path | None, rank: int) -> None:
+    # Root in a namespace of users may read less than before: files of others, which it reads where it is.
+    of_user = os.getuid() != 0
     if how == OWN:
-        leave_network()
+        leave_network(of_user=of_user)
     elif how == FILTERED:
         leave_network(namespaces=False)
     elif how == JOINED and workspace is not None:
         place = workspace / f"network-{os.environ['BITWRIGHT_ATTEMPT']}"
         if rank == 0:
-            _write(place, str(os.getpid()) if enter_namespaces() else "")
+            _write(place, str(os.getpid()) if enter_namespaces(of_user=of_user) else "")
         else:
             _join(_read(place))
 

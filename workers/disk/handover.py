@@ -42,7 +42,7 @@ def demand_way(folder: Path, user: int) -> None:
         if status.st_uid != user and not status.st_mode & stat.S_IXOTH:
             raise InvalidSettings(
                 f"BITWRIGHT_ATTEMPT_USER is {user}, who may not pass through {above}",
-                hint=f"put BITWRIGHT_WORKSPACE_DIR elsewhere, or let others pass: chmod o+x {above}",
+                hint=f"let others pass (chmod o+x {above}), or keep {folder} elsewhere",
             )
 
 

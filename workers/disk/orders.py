@@ -88,8 +88,11 @@ class AttemptOrder(Message):
     )
     warm: WarmChild | None = Field(
         default=None,
-        description="A child that has imported what reading takes, and reads the job's input; None: the attempt starts "
-        "one for results, and reads the input itself.",
+        description="A child that has imported what reading takes; None: the attempt starts one for results.",
+    )
+    limits_input: bool = Field(
+        default=False,
+        description="Whether that child reads the job's input, too, within limits; else the attempt does.",
     )
     input_memory_bytes: int = Field(default=4 << 30, description="The most that reading the job's input may take.")
     input_seconds: float = Field(default=120.0, description="The same in seconds, and more for large texts.")

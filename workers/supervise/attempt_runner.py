@@ -196,6 +196,7 @@ class _Attempt:
             micro_batch_divisor=self._claim.micro_batch_divisor,
             runtimes=dict(self._context.runtimes),
             warm=warm,
+            limits_input=warm is not None,
             memory=self._context.settings.attempt_memory,
             tells_needs=True,
             **texts,

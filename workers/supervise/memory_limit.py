@@ -6,6 +6,7 @@ elsewhere the watch does, within a moment. On a CPU it also limits itself, so th
 """
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ from app.limited.process import held_memory
 from workers.child.needs import MemorySetting, over_limit
 from workers.machine import CGROUP_ROOT, MEMBERSHIP
 
+END_SECONDS, LOOK_AGAIN_SECONDS = 0.5, 0.01
+"""That the kernel may take to end a process that was killed."""
 PREFIX = "bitwright-"
 DELEGATED = ("user.delegate", "trusted.delegate")
 """Attributes by which systemd marks a cgroup that its service may divide."""
@@ -93,10 +96,16 @@ class MemoryGroup:
             return int(dict(line for line in lines if len(line) == 2).get("oom_kill", 0))
         return 0
 
-    def remove(self) -> None:
-        """Take it away; what is left in it goes where its parent's are."""
-        with suppress(OSError):
-            self.folder.rmdir()
+    def remove(self, seconds: float = END_SECONDS) -> None:
+        """Take it away, once the processes in it have ended; the next one takes away what is left of this."""
+        until = time.monotonic() + seconds
+        while self.folder.exists():
+            try:
+                self.folder.rmdir()
+            except OSError:
+                if time.monotonic() > until:
+                    return
+                time.sleep(LOOK_AGAIN_SECONDS)
 
 
 @contextmanager
@@ -108,9 +117,12 @@ def watched(name: str, pids: Sequence[int], setting: MemorySetting) -> Iterator[
             for pid in pids:
                 group.add(pid)
         yield MemoryWatch(pids, group)
-    finally:
+    except BaseException:
         if group is not None:
-            group.remove()
+            group.remove(0)  # they still run, and whoever raised wants to end them at once
+        raise
+    if group is not None:
+        group.remove()
 
 
 def _parents(root: Path, membership: Path) -> Iterator[tuple[Path, str, str]]:

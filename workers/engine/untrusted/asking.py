@@ -5,8 +5,8 @@
     inputs.ask_texts()            # the child reads them while this process opens the model
     texts = inputs.texts()
 
-Where an order names no child (whoever runs the engine without a supervisor), nothing is tried, and the engine reads
-the texts in its own process.
+Where an order does not ask for it (whoever runs the engine without a supervisor), nothing is tried, and the engine
+reads the texts in its own process.
 """
 
 import time
@@ -57,7 +57,7 @@ class JobInput:
     @property
     def limited(self) -> bool:
         """True if another process reads it."""
-        return self.order.warm is not None
+        return self.order.warm is not None and self.order.limits_input
 
     @property
     def presented(self) -> Path | None:
