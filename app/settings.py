@@ -144,12 +144,11 @@ def _worker_name() -> str:
     return values.as_name(socket.gethostname())
 
 
-SECRETS = frozenset({"hub_token", "database_password", "broker_password"})
+SECRETS = frozenset({"hub_token", "token_keys", "database_password", "broker_password"})
+"""Settings whose values are never shown."""
 Folder = Annotated[Path, AfterValidator(values.folder)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Price = Annotated[Decimal, Field(ge=0, le=1_000_000, decimal_places=6, allow_inf_nan=False)]
-SECRETS = ("hub_token", "token_keys")
-"""Settings whose values are never shown."""
 
 log = structlog.get_logger(__name__)
 

@@ -170,9 +170,17 @@ def create_job(
         )
         return Response(view.model_dump_json(), media_type="application/json")
     with database.transaction() as session:
-        recipe = asked_recipe(body, preflight.request)
-        given = {"recipe": recipe, "idempotency": idempotency, "vault": vault, "token": token}
-        job = queue_job(session, http, principal, policy, preflight.request, **given)
+        job = queue_job(
+            session,
+            http,
+            principal,
+            policy,
+            preflight.request,
+            recipe=asked_recipe(body, preflight.request),
+            idempotency=idempotency,
+            vault=vault,
+            token=token,
+        )
         alive_classes = live_classes(session)
     queue.forget()
     view_of_job = accepted(job, response, queue)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -144,9 +145,9 @@ def usage(name: NameArgument, data_dir: DataDirOption = None) -> None:
         months = months_of(session, find_tenant(session, name).id, get_settings().price_currency)
     for month in months:
         cost = "" if month.cost is None else f"{month.cost.amount} {month.cost.currency}"
-        numbers = (month.jobs, month.gpu_seconds, month.cpu_seconds)
-        numbers += (month.uploaded_bytes, month.stored_bytes, month.downloaded_bytes)
-        typer.echo(tabbed(month.month, *map(str, numbers), cost))
+        sizes = (month.uploaded_bytes, month.stored_bytes, month.downloaded_bytes)
+        numbers = map(str, (month.jobs, month.gpu_seconds, month.cpu_seconds, *sizes))
+        typer.echo(tabbed(month.month, *numbers, cost))
 
 
 @app.command("hub-token")
@@ -222,7 +223,7 @@ def _quotas(given: list[str] | None) -> dict[str, object]:
     return values
 
 
-def _valid(kind: type[Asked], fields: dict[str, object]) -> Asked:
+def _valid(kind: type[Asked], fields: Mapping[str, object]) -> Asked:
     """The fields as a request of this kind.
 
     Raises:

@@ -14,7 +14,8 @@ from app.store.models import Attempt, UsageMonth
 from app.store.upsert import upsert
 from bitwright.errors import ERRORS, BitwrightError, PlatformError
 from bitwright.job_states import DeviceClass, JobStatus
-from bitwright.tenancy import Money, MonthView
+from bitwright.money import Money
+from bitwright.tenancy import MonthView
 
 MICROS = 1_000_000
 HOUR = 3600.0

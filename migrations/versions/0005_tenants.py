@@ -1,6 +1,7 @@
 """Tenants with quotas, keys that expire, Hub tokens, use by month, and an audit log that only grows."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
@@ -11,7 +12,7 @@ branch_labels: str | Sequence[str] | None = None
 depends_on: str | Sequence[str] | None = None
 
 TIME, JSON, ID = sa.DateTime(timezone=True), sa.JSON(), sa.String(length=30)
-COLUMNS = (
+COLUMNS: tuple[tuple[str, str, sa.types.TypeEngine[Any]], ...] = (
     *(("tenant", name, TIME) for name in ("suspended_at", "served_at")),
     *(("tenant", name, JSON) for name in ("quotas", "model_roots", "allowed_models")),
     *(("api_key", name, TIME) for name in ("expires_at", "last_used_at")),

@@ -23,7 +23,7 @@ def names(registry: CollectorRegistry) -> dict[str, set[str]]:
     """Names that Prometheus would store, with their labels, of everything that a registry has or will have."""
     known: dict[str, set[str]] = {}
     for collector in {id(each): each for each in registry._names_to_collectors.values()}.values():
-        for family in collector.describe():
+        for family in collector.describe():  # type: ignore[attr-defined]
             labels = set(getattr(collector, "_labelnames", ()) or getattr(family, "_labelnames", ()))
             endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
             known |= {family.name + ending: labels for ending in endings}

@@ -132,8 +132,8 @@ class _Attempt:
         currency = self._context.settings.price_currency
         if missed is not None:
             self.outcome = missed.code
-            kept = {"report": result.report, "artifacts": artifacts, "currency": currency}
-            return self.write(lambda writer: writer.fail(missed, **kept))
+            report = result.report
+            return self.write(lambda w: w.fail(missed, report=report, artifacts=artifacts, currency=currency))
         self.write(lambda writer: writer.succeed(result.report, artifacts, currency=currency))
         self._observe_stages(result.report)
         self._workspace.remove()

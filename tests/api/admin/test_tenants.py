@@ -11,7 +11,7 @@ from app.api.main import create_app
 from app.domain.access import Scope
 from app.store.keys import issue_key
 from app.store.models import ApiKey, HubToken
-from tests.api.conftest import SHORTHAND, Api, make_settings, problem
+from tests.api.conftest import SHORTHAND, Answer, Api, make_settings, problem
 
 TENANTS = "/v1/admin/tenants"
 TOKEN = "hf_" + "Q" * 34
@@ -54,10 +54,10 @@ def test_a_tenant_from_its_making_to_its_end(any_api: Api) -> None:
     assert theirs_did == ["job.deleted", "job.cancelled", "job.deleted", "job.cancelled", *["job.submitted"] * 2]
 
 
-def audit(api: Api, **filters: object) -> list[dict[str, object]]:
+def audit(api: Api, **filters: str) -> list[dict[str, object]]:
     """All entries, newest first, page by page."""
     entries: list[dict[str, object]] = []
-    after: dict[str, object] = {}
+    after: dict[str, str] = {}
     while True:
         page = api.admin.get("/v1/admin/audit", params={**filters, **after, "limit": 3}).json()
         entries += page["items"]
@@ -230,20 +230,21 @@ def test_priorities_models_and_folders_are_the_tenants(api: Api) -> None:
     )
     assert changed.status_code == 200, changed.text
 
-    def submit(**fields: object) -> object:
+    def submit(**fields: object) -> Answer:
         return api.client.post("/v1/jobs?dry_run=true", json={**SHORTHAND, **fields})
 
     found = problem(submit(priority=6), 422, "invalid_request")
     assert found["field"] == "priority"
-    assert submit(priority=5).status_code == 200  # type: ignore[attr-defined]
+    assert submit(priority=5).status_code == 200
     problem(submit(model="other/model"), 422, "source_forbidden")
     by_revision = {"source": "hub", "id": "other/model", "revision": "abc"}
-    assert submit(model=by_revision).status_code == 200  # type: ignore[attr-defined]
+    assert submit(model=by_revision).status_code == 200
     outside = problem(submit(model=str(models / "theirs")), 422, "source_forbidden")
     assert "outside the folders" in str(outside["detail"])
     problem(submit(model=str(models / "mine")), 422, "corrupt_checkpoint")  # it may be read, and is no model
     too_wide = problem(api.admin.patch(url, json={"model_roots": ["/etc", str(models), "x"]}), 422, "invalid_request")
-    assert [each["field"] for each in too_wide["errors"]] == ["model_roots.0", "model_roots.2"]  # type: ignore[union-attr,index,attr-defined]
+    assert isinstance(too_wide["errors"], list)
+    assert [each["field"] for each in too_wide["errors"]] == ["model_roots.0", "model_roots.2"]
     api.admin.patch(url, json={"allowed_models": ["none/*"]})
     refused = problem(submit(), 422, "source_forbidden")
     assert (refused["field"], refused["value"]) == ("model", "org/model")
