@@ -146,6 +146,31 @@ def test_a_block_comes_closer_than_with_rounding_and_stays_as_it_was(act_order: 
         assert torch.equal(linear.weight.codes, again.linears[name].weight.codes)
 
 
+@pytest.mark.parametrize("fails_at", [None, "down"])
+def test_one_pass_of_all_sequences_gives_what_parts_of_passes_give(
+    monkeypatch: pytest.MonkeyPatch, fails_at: str | None
+) -> None:
+    """Also where memory runs out on the way: what is left goes the other way."""
+    events: list[float] = []
+    task = gated_task(GATED, tick=events.append)
+    expected = GPTQ().quantize_block(task, GPTQSpec()).linears
+    raised: list[int] = []
+
+    def factors(hessian: Tensor, damping: float, real: Any = inverse_factor) -> Any:
+        if fails_at is not None and len(events) == 3 and not raised:
+            raised.append(1)
+            raise torch.OutOfMemoryError
+        return real(hessian, damping)
+
+    monkeypatch.setattr("workers.methods.gptq._at_once", lambda _: True)
+    monkeypatch.setattr("workers.methods.gptq.inverse_factor", factors)
+    found = GPTQ().quantize_block(task, GPTQSpec()).linears
+    for name, linear in expected.items():
+        assert (found[name].weight.codes != linear.weight.codes).float().mean() < 0.01
+    assert events == pytest.approx([2 / 3, 1, 2 / 3, 1])
+    assert bool(raised) == (fails_at is not None)
+
+
 def test_a_linear_sees_what_the_quantized_ones_before_it_make() -> None:
     """down's codes from a Hessian computed by hand behind the quantized gate and up."""
     task = gated_task(GATED)
