@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.domain.methods import GPTQSpec, RTNSpec, Scheme
+from app.domain.methods import GPTQSpec, RTNSpec, Scheme, SchemeName
 from tests.methods.toy_block import GatedBlock, gated_task
-from workers.contracts.blocks import BlockTask
+from workers.contracts.blocks import BlockTask, WarmUp
 from workers.methods.gptq import GPTQ, Elimination, quantize_weight
 from workers.methods.rtn import RTN
 from workers.methods.rtn import quantize_weight as round_to_nearest
@@ -224,6 +224,18 @@ def test_a_hessian_that_cannot_be_used_is_told_and_counted(scale: float, event: 
     assert events[0] == (event, {"block": 0, "linears": "gate, up"})
     for name, linear in RTN().quantize_block(task, RTNSpec()).linears.items():
         assert torch.equal(linear.weight.codes, result.linears[name].weight.codes)
+
+
+def test_kernels_of_every_scheme_compile_ahead_on_a_gpu_and_none_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    schemes = [W4, *(Scheme.named(SchemeName(name)) for name in ("q2_k", "q4_1", "nvfp4a16", "iq3_s"))]
+    cpu, linears = torch.device("cpu"), frozenset((512, scheme) for scheme in schemes)
+    kinds = WarmUp(linears, torch.bfloat16, torch.bfloat16, cpu)
+    assert GPTQ().warm_ups(kinds, GPTQSpec()) == []
+    pytest.importorskip("triton")
+    monkeypatch.setattr("workers.numerics.backend.triton_serves", lambda *_: True)
+    plain, swept = (GPTQ().warm_ups(kinds, GPTQSpec(sweeps=sweeps)) for sweeps in (0, 2))
+    # Columns of each, two more of groups that move; two searches of each block type, whose descent is one.
+    assert (len(plain), len(swept)) == (5 + 1 + 3 * 2, 5 + 1 + 3 * 3)
 
 
 def test_damping_that_had_to_rise_is_told_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
