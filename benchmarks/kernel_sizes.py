@@ -6,6 +6,7 @@ python -m benchmarks.kernel_sizes
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 from app.domain.methods import Scheme, SchemeName
 from workers.numerics.backends import column_kernels, descent_kernels, search_kernels
 from workers.numerics.backends.column_operators import Columns, IntegerGrid, LevelGrid
-from workers.numerics.blocks.search import search_blocks
 from workers.numerics.blocks.stored_parts import empty_weight
 
 SHAPES = ((576, 1536), (3072, 768), (28672, 4096))
@@ -39,14 +39,14 @@ def main() -> None:
         hessian = inputs.T @ inputs
         factor = torch.linalg.cholesky(torch.linalg.inv(hessian)).T.contiguous()
         scheme = Scheme.named(SchemeName.Q3_K)
-        made, batch = search_blocks(weight, scheme), slice(128, 256)
+        batch = slice(128, 256)
         _column_sizes(rows, columns, weight, factor, batch)
-        _descent_sizes(rows, columns, weight, made, hessian, batch)
+        _descent_sizes(rows, columns, hessian, batch)
         for elements in (512, 1024, 2048):
             search_kernels.PROGRAM_ELEMENTS = elements
             other, weights = empty_weight(weight, scheme), torch.ones(columns, device=device)
-            call = lambda o=other, w=weights: search_kernels.search(o, weight, w)  # noqa: E731
-            print(json.dumps({"search": (rows, columns), "elements": elements, "us": timed(call)}), flush=True)
+            spent = timed(partial(search_kernels.search, other, weight, weights))
+            print(json.dumps({"search": (rows, columns), "elements": elements, "us": spent}), flush=True)
 
 
 def _column_sizes(rows: int, columns: int, weight: Tensor, factor: Tensor, batch: slice) -> None:
@@ -65,13 +65,13 @@ def _column_sizes(rows: int, columns: int, weight: Tensor, factor: Tensor, batch
         print(json.dumps(line), flush=True)
 
 
-def _descent_sizes(rows: int, columns: int, weight: Tensor, made: object, hessian: Tensor, batch: slice) -> None:
+def _descent_sizes(rows: int, columns: int, hessian: Tensor, batch: slice) -> None:
     kind = Scheme.named(SchemeName.Q3_K).blocks
     assert kind is not None
-    levels, pull = torch.zeros(columns, rows, device=weight.device), torch.randn(columns, rows, device=weight.device)
-    numbers = torch.ones(columns // 16, rows, device=weight.device)
-    blocks = torch.full((columns // 256, rows), 0.01, device=weight.device)
-    changes, panel = torch.empty(256, rows, device=weight.device), slice(256, 512)
+    levels, pull = torch.zeros(columns, rows, device=hessian.device), torch.randn(columns, rows, device=hessian.device)
+    numbers = torch.ones(columns // 16, rows, device=hessian.device)
+    blocks = torch.full((columns // 256, rows), 0.01, device=hessian.device)
+    changes, panel = torch.empty(256, rows, device=hessian.device), slice(256, 512)
     levels.fill_(1.0)
     for size, warps in ((4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4), (32, 4)):
         descent_kernels.ROWS, descent_kernels.WARPS = size, warps

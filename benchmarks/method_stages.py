@@ -49,7 +49,7 @@ WATCHED = {
     "descent": ["workers.methods.gptq.descend"],
     "factors": ["workers.methods.gptq.inverse_factor"],
     "sums of H": ["workers.numerics.hessian.Hessian.add"],
-    "passes for H": ["workers.methods.gptq.see_inputs", "workers.methods.gptq.input_groups"],
+    "passes for H": [f"workers.methods.gptq.{name}" for name in ("see_inputs", "input_groups", "_in_one_pass")],
     "method, rest": ["workers.methods.sign_round.SignRound.quantize_block", "workers.methods.gptq.GPTQ.quantize_block"],
     "start of tuning": ["workers.methods.sign_round.rounded_weights"],
     "steps": ["workers.engine.tune.tuner.Tuner.tune"],

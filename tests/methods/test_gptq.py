@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.domain.methods import GPTQSpec, RTNSpec, Scheme
+from app.domain.methods import GPTQSpec, RTNSpec, Scheme, SchemeName
 from tests.methods.toy_block import GatedBlock, gated_task
-from workers.contracts.blocks import BlockTask
+from workers.contracts.blocks import BlockTask, WarmUp
 from workers.methods.gptq import GPTQ, Elimination, quantize_weight
 from workers.methods.rtn import RTN
 from workers.methods.rtn import quantize_weight as round_to_nearest
@@ -146,6 +146,31 @@ def test_a_block_comes_closer_than_with_rounding_and_stays_as_it_was(act_order: 
         assert torch.equal(linear.weight.codes, again.linears[name].weight.codes)
 
 
+@pytest.mark.parametrize("fails_at", [None, "down"])
+def test_one_pass_of_all_sequences_gives_what_parts_of_passes_give(
+    monkeypatch: pytest.MonkeyPatch, fails_at: str | None
+) -> None:
+    """Also where memory runs out on the way: what is left goes the other way."""
+    events: list[float] = []
+    task = gated_task(GATED, tick=events.append)
+    expected = GPTQ().quantize_block(task, GPTQSpec()).linears
+    raised: list[int] = []
+
+    def factors(hessian: Tensor, damping: float, real: Any = inverse_factor) -> Any:
+        if fails_at is not None and len(events) == 3 and not raised:
+            raised.append(1)
+            raise torch.OutOfMemoryError
+        return real(hessian, damping)
+
+    monkeypatch.setattr("workers.methods.gptq._at_once", lambda _: True)
+    monkeypatch.setattr("workers.methods.gptq.inverse_factor", factors)
+    found = GPTQ().quantize_block(task, GPTQSpec()).linears
+    for name, linear in expected.items():
+        assert (found[name].weight.codes != linear.weight.codes).float().mean() < 0.01
+    assert events == pytest.approx([2 / 3, 1, 2 / 3, 1])
+    assert bool(raised) == (fails_at is not None)
+
+
 def test_a_linear_sees_what_the_quantized_ones_before_it_make() -> None:
     """down's codes from a Hessian computed by hand behind the quantized gate and up."""
     task = gated_task(GATED)
@@ -199,6 +224,18 @@ def test_a_hessian_that_cannot_be_used_is_told_and_counted(scale: float, event: 
     assert events[0] == (event, {"block": 0, "linears": "gate, up"})
     for name, linear in RTN().quantize_block(task, RTNSpec()).linears.items():
         assert torch.equal(linear.weight.codes, result.linears[name].weight.codes)
+
+
+def test_kernels_of_every_scheme_compile_ahead_on_a_gpu_and_none_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    schemes = [W4, *(Scheme.named(SchemeName(name)) for name in ("q2_k", "q4_1", "nvfp4a16", "iq3_s"))]
+    cpu, linears = torch.device("cpu"), frozenset((512, scheme) for scheme in schemes)
+    kinds = WarmUp(linears, torch.bfloat16, torch.bfloat16, cpu)
+    assert GPTQ().warm_ups(kinds, GPTQSpec()) == []
+    pytest.importorskip("triton")
+    monkeypatch.setattr("workers.numerics.backend.triton_serves", lambda *_: True)
+    plain, swept = (GPTQ().warm_ups(kinds, GPTQSpec(sweeps=sweeps)) for sweeps in (0, 2))
+    # Columns of each, two more of groups that move; two searches of each block type, whose descent is one.
+    assert (len(plain), len(swept)) == (5 + 1 + 3 * 2, 5 + 1 + 3 * 3)
 
 
 def test_damping_that_had_to_rise_is_told_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:

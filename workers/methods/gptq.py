@@ -31,7 +31,8 @@ their sides is summed in one pass, and of all that come after in another.
 | U | `factor` | (in, in), fp32 |
 | e of a lazy batch | `errors` | (128, rows), fp32 |
 
-Cost: less than two forward passes of the block; for H, 2*in^2 operations per token, and out*in^2 for the updates.
+Cost: less than two forward passes of the block, or one where all sequences fit through it at once; for H, 2*in^2
+operations per token, and out*in^2 for the updates.
 
 Different from the paper's code: U from one factorization (`workers.numerics.hessian`); columns whose inputs are 0 for
 all tokens are rounded to nearest, where the code sets them to 0; where H is not positive definite even with 100 times
@@ -42,6 +43,7 @@ squared error.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -50,7 +52,7 @@ from torch import Tensor, nn
 
 from app.domain.methods import Form, GPTQSpec, Scheme
 from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
-from workers.contracts.experts import all_called, seen_together
+from workers.contracts.experts import all_called, experts_of, seen_together
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped
 from workers.numerics.backend import column_kernels
@@ -130,7 +132,8 @@ class GPTQ(KernelMethod[GPTQSpec]):
             amax = task.joined_amax()
             with all_called(task.block):
                 groups = input_groups(linears, next(task.passes(task.inputs[:1])))
-            for names, hessian in _hessians(task, groups):
+
+            def quantize(names: tuple[str, ...], hessian: Hessian) -> None:
                 elimination = self._eliminate(task, names, hessian, spec, counters)
                 for scheme, alike in _by_scheme(task.schemes, names).items():
                     weights, shared = [linears[name].weight for name in alike], [amax.get(name) for name in alike]
@@ -139,10 +142,14 @@ class GPTQ(KernelMethod[GPTQSpec]):
                     damped = damped_hessian(hessian.matrix()[0], spec.damping, elimination.retries) if sweeps else None
                     made = (weights, elimination, scheme, task.scale_dtype, moments, shared)
                     parts = _quantized(*made, damped, sweeps)
-                    results |= {name: LinearResult(weight) for name, weight in zip(alike, parts, strict=True)}
+                    results.update((name, LinearResult(weight)) for name, weight in zip(alike, parts, strict=True))
                 for name in names:
                     linears[name].weight = nn.Parameter(results[name].weight.dequantize(), requires_grad=False)
                 task.tick(len(results) / len(linears))
+
+            done = _in_one_pass(task, groups, quantize) if _at_once(task) else 0
+            for names, hessian in _hessians(task, groups[done:]):
+                quantize(names, hessian)
         return BlockResult(results, counters={name: float(count) for name, count in counters.items()})
 
     def _eliminate(
@@ -162,6 +169,46 @@ class GPTQ(KernelMethod[GPTQSpec]):
             counters["damping_raised"] += len(names)
             task.log("damping_raised", retries=elimination.retries, **facts)
         return elimination
+
+
+class _Done(Exception):
+    """Ends a pass whose every linear is quantized."""
+
+
+def _at_once(task: BlockTask) -> bool:
+    """Whether all sequences can go through the block together: what its linears read and write is a quarter of a GPU.
+
+    A rule that does not look at the memory that happens to be free, so that a job computes the same again.
+    """
+    if task.device.type != "cuda" or experts_of(task.block):
+        return False
+    linears, tokens = [task.linear(name) for name in task.schemes], task.inputs[..., 0].numel()
+    numbers = [tokens * (linear.in_features + linear.out_features) for linear in linears]
+    memory = torch.cuda.get_device_properties(task.device).total_memory
+    # Kernels of blocks address two such tensors side by side by 32 bits.
+    return sum(numbers) * task.inputs.element_size() <= memory // 4 and 2 * max(numbers, default=0) < 1 << 31
+
+
+def _in_one_pass(
+    task: BlockTask, groups: Sequence[tuple[str, ...]], quantize: Callable[[tuple[str, ...], Hessian], None]
+) -> int:
+    """Quantizes the groups inside a single pass, each when it is called, so that the pass goes on behind it.
+
+    The number of groups that are done: fewer than there are if memory ran out.
+    """
+    names_of, done = {names[0]: names for names in groups}, list[str]()
+
+    def see(name: str, x: Tensor) -> None:
+        hessian = Hessian(x.shape[-1], x.shape[-1], x.dtype, task.device)
+        hessian.add(x.flatten(0, -2))
+        quantize(names_of[name], hessian)
+        done.append(name)
+        if len(done) == len(groups):
+            raise _Done
+
+    with watched({name: task.linear(name) for name in names_of}, see), suppress(_Done, torch.OutOfMemoryError):
+        next(replace(task, micro_batch=len(task.inputs)).passes(task.inputs))()
+    return len(done)
 
 
 def _hessians(task: BlockTask, groups: Sequence[tuple[str, ...]]) -> Iterator[tuple[tuple[str, ...], Hessian]]:

@@ -192,7 +192,7 @@ def _move_levels(  # type: ignore[no-untyped-def]
         near, before = line, level
         # What the next column asks for is on its way while this one moves.
         line = tl.load(HESSIAN + (j + 1) * columns + at, mask=inside & (at > j), other=0.0)
-        level = tl.load(LEVELS + (row * 0 + j + 1) * rows + row, mask=real & (j + 1 < last), other=0.0)
+        level = tl.load(LEVELS + (row * 0 + j + 1) * rows + row, mask=real & (row * 0 + j + 1 < last), other=0.0)
         diagonal = tl.load(HESSIAN + j * columns + j)
         scale = tl.load(SCALE + (row * 0 + j // width) * rows + row, mask=real, other=1.0)
         own = tl.sum(tl.where(place[:, None] == j - first, pull, 0.0), 0)
