@@ -9,10 +9,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import isclose
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
+from numpy.typing import NDArray
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from workers.formats.gguf.tokenizers.source import SourceTokenizer
@@ -59,7 +63,7 @@ def read_back(folder: Path, file: str, config: PreTrainedConfig, source: Path) -
     """Reads a file in a folder, and compares it with the configuration and the tokenizer of the source's folder."""
     if config.model_type not in TRIED:
         return Reading(untried=True)
-    with _quiet():
+    with _quiet(), _read_once():
         try:
             loaded = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers passes on whatever its readers raise
@@ -109,6 +113,31 @@ def _tokenizes_otherwise(folder: Path, file: str, source: Path) -> bool:
         if theirs(text, verbose=False)["input_ids"] != ours(text, verbose=False)["input_ids"]:
             return True
     return bool(theirs.eos_token_id != ours.eos_token_id)
+
+
+class _Reader(gguf.GGUFReader):
+    """gguf-py's reader over plain memory: a slice of a `numpy.memmap` takes several times as long as one of an array,
+    and each token of a vocabulary takes ten.
+    """
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        return self._bytes
+
+    @data.setter
+    def data(self, mapped: NDArray[np.uint8]) -> None:
+        self._bytes = np.asarray(mapped)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Context in which transformers reads a file's metadata once, for configuration and tokenizer together."""
+    stock = gguf.GGUFReader
+    gguf.GGUFReader = cache(_Reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = stock
 
 
 @contextmanager
