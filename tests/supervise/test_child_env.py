@@ -68,7 +68,8 @@ def names(claim: Claim, workspace: Workspace) -> dict[str, str]:
 
 
 def test_the_variables_of_an_attempt(workspace: Workspace, claimed: Claim) -> None:
-    expected = {**PASSED, **QUIET, **COMPUTING, **names(claimed, workspace)}
+    own = {"NUMBA_CACHE_DIR": str(workspace.folder / "cache" / "kernels")}
+    expected = {**PASSED, **QUIET, **COMPUTING, **names(claimed, workspace), **own}
     assert attempt_environment(workspace, claimed) == expected
 
 

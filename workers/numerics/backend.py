@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from app.domain.methods.named_schemes import Element
+from workers.numerics import loops
 from workers.numerics.backends import block_operators, float_rounding_operators, rounding_operators
 from workers.numerics.backends.float_rounding_operators import FloatGroups
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
-
-LOOP_DTYPES = frozenset({torch.bfloat16, torch.float32})
-"""Of tensors that compiled loops read and write."""
 
 
 class RoundingKernels(Protocol):
@@ -126,7 +124,7 @@ def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 def loops_serve(device: torch.device, dtype: torch.dtype) -> bool:
     """True if compiled loops compute tensors of this dtype there: on a CPU, in fp32 and bf16."""
-    return device.type == "cpu" and dtype in LOOP_DTYPES
+    return device.type == "cpu" and dtype in loops.DTYPES
 
 
 def rounding_kernels(device: torch.device, dtype: torch.dtype) -> RoundingKernels:
@@ -180,16 +178,16 @@ def _rounding_kernels() -> RoundingKernels:
 
 @cache
 def _block_loops() -> BlockKernels:
-    from workers.numerics.backends import block_loops as loops  # noqa: PLC0415 - Numba
+    from workers.numerics.backends import block_loops as kernels  # noqa: PLC0415 - Numba
 
-    return loops
+    return kernels
 
 
 @cache
 def _rounding_loops() -> RoundingKernels:
-    from workers.numerics.backends import rounding_loops as loops  # noqa: PLC0415 - Numba
+    from workers.numerics.backends import rounding_loops as kernels  # noqa: PLC0415 - Numba
 
-    return loops
+    return kernels
 
 
 @cache
