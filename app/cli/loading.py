@@ -47,7 +47,7 @@ print(json.dumps({"text": text, "seconds": seconds, "loader": loader,
 
 @dataclass(frozen=True)
 class Loaded:
-    """Result of the fresh process: `text` with the prompt, seconds to import and load, number of tokens that it added."""
+    """Result of the fresh process: `text` with the prompt, seconds to import and load, number of tokens added."""
 
     text: str
     seconds: float

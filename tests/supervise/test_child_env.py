@@ -11,6 +11,7 @@ from bitwright.job_states import DeviceClass
 from tests.supervise.bench import Bench
 from workers import sweep
 from workers.child import attempt, lifeline
+from workers.disk.orders import BUILTIN_TEXT
 from workers.disk.workspace import Workspace
 from workers.supervise import (
     attempt_runner,
@@ -69,7 +70,9 @@ def names(claim: Claim, workspace: Workspace) -> dict[str, str]:
 
 
 def test_the_variables_of_an_attempt(sqlite_bench: Bench, workspace: Workspace, claimed: Claim) -> None:
-    expected = {**PASSED, **QUIET, **COMPUTING, **names(claimed, workspace)}
+    ahead = workspace.folder / "cache" / "kernels"
+    own = {"NUMBA_CACHE_DIR": str(ahead), BUILTIN_TEXT: str(ahead / "builtin_text.json")}
+    expected = {**PASSED, **QUIET, **COMPUTING, **names(claimed, workspace), **own}
     settings = sqlite_bench.context.settings.model_copy(update={"attempt_network": "shared"})
     told = attempt_environment(settings, DeviceClass.CPU, workspace, claimed)
     assert told == {**expected, "BITWRIGHT_ATTEMPT_NETWORK": "shared"}

@@ -69,6 +69,7 @@ def test_finetuning_takes_the_ranks_that_the_method_leaves_open(
 
 
 def test_a_worker_counts_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity_module, "may_have_gpu", lambda: True)
     monkeypatch.setattr(capacity_module, "_probe", lambda: {"name": "A GPU", "memory": 1 << 30, "count": 4})
     monkeypatch.setattr(capacity_module, "_triton_fault", lambda: None)
     found = {wanted: capacity_module.capacity("cuda", tmp_path, wanted).devices for wanted in (1, 3, "all")}
@@ -241,3 +242,22 @@ def test_a_method_that_shares_nothing_has_one_process(scripted_ranks: Bench) -> 
     assert running.wait() is JobStatus.SUCCEEDED
     events = scripted_ranks.events(running.claim.job_id)
     assert [event.event for event in events if event.type == "log"] == ["rank_0"]
+
+
+@pytest.mark.parametrize(
+    ("build", "driver", "expected"),
+    [
+        ("2.13.0+cpu", True, False),
+        ("2.13.0", True, True),
+        ("2.13.0+cu130", False, False),
+        ("2.13.0+rocm7.0", False, True),
+        ("2.13.0", False, False),
+    ],
+)
+def test_torch_is_asked_for_gpus_only_where_there_can_be_one(
+    monkeypatch: pytest.MonkeyPatch, build: str, driver: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(capacity_module, "version", lambda _: build)
+    monkeypatch.setattr(capacity_module, "DRIVER", "libc.so.6" if driver else "libno-such-driver.so.1")
+    monkeypatch.setattr("sys.platform", "linux")
+    assert capacity_module.may_have_gpu() is expected

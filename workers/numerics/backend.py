@@ -18,6 +18,7 @@ from torch import Tensor
 from app.domain.methods import Scheme
 from app.domain.methods.block_types import BlockType
 from app.domain.methods.named_schemes import Element
+from workers.numerics import loops
 from workers.numerics.backends import (
     block_operators,
     block_rounding_operators,
@@ -32,9 +33,6 @@ from workers.numerics.backends.rounding_operators import GridSettings, Groups
 from workers.numerics.backends.trial import triton_fault
 from workers.numerics.blocks.axis import BlockAxis
 from workers.numerics.quantized import BlockWeight
-
-LOOP_DTYPES = frozenset({torch.bfloat16, torch.float32})
-"""Of tensors that compiled loops read and write."""
 
 log = structlog.get_logger(__name__)
 
@@ -199,7 +197,7 @@ def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 def loops_serve(device: torch.device, dtype: torch.dtype) -> bool:
     """True if compiled loops compute tensors of this dtype there: on a CPU, in fp32 and bf16."""
-    return device.type == "cpu" and dtype in LOOP_DTYPES
+    return device.type == "cpu" and dtype in loops.DTYPES
 
 
 def rounding_kernels(device: torch.device, dtype: torch.dtype) -> RoundingKernels:
@@ -273,16 +271,16 @@ def _rounding_kernels() -> RoundingKernels:
 
 @cache
 def _block_loops() -> BlockKernels:
-    from workers.numerics.backends import block_loops as loops  # noqa: PLC0415 - Numba
+    from workers.numerics.backends import block_loops as kernels  # noqa: PLC0415 - Numba
 
-    return loops
+    return kernels
 
 
 @cache
 def _rounding_loops() -> RoundingKernels:
-    from workers.numerics.backends import rounding_loops as loops  # noqa: PLC0415 - Numba
+    from workers.numerics.backends import rounding_loops as kernels  # noqa: PLC0415 - Numba
 
-    return loops
+    return kernels
 
 
 @cache

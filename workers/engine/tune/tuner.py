@@ -263,9 +263,10 @@ class _Run:
     @property
     def _measured_at_once(self) -> int:
         """Sequences of the held-out loss that pass the block together: on a CPU as many as fit with gradients, where
-        products of more tokens are quicker; on a GPU those of a captured step.
+        products of more tokens are quicker; on a GPU those of a captured step, and after a lack of memory those of one.
         """
-        return self.micro_batch if self.task.device.type == "cuda" else max(self.micro_batch, self.task.micro_batch)
+        as_planned = self.micro_batch == min(self.task.micro_batch, self.settings.batch_size)
+        return self.task.micro_batch if as_planned and self.task.device.type != "cuda" else self.micro_batch
 
     def _sum_loss(self) -> None:
         self.processes.sum_(self.loss)

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from workers.numerics.backends import block_operators
 from workers.numerics.backends.block_operators import attend, gelu_mul, take_rows
+from workers.numerics.loops import DTYPES
 from workers.numerics.loops import blocks as loops
 from workers.numerics.loops.numbers import array
 from workers.numerics.loops.threads import over_rows
 
 __all__ = ["add_rms_norm", "apply_rope", "attend", "gelu_mul", "rms_norm", "silu_mul", "square_error", "take_rows"]
-
-DTYPES = (torch.bfloat16, torch.float32)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_twice: bool = True) -> Tensor:

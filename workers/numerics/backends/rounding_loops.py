@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.numerics.affine import Grid, GroupRange
+from workers.numerics.affine import SYMMETRIC_FACTORS, Grid, GroupRange, range_factors
 from workers.numerics.backends.rounding_operators import (
     Bound,
     GridSettings,
@@ -19,6 +19,7 @@ from workers.numerics.backends.rounding_operators import (
     move_factors,
     offset_unit,
 )
+from workers.numerics.loops import DTYPES
 from workers.numerics.loops import rounding as loops
 from workers.numerics.loops.numbers import array
 from workers.numerics.loops.threads import over_rows
@@ -34,7 +35,7 @@ def warm_ups(*_: object, **__: object) -> list[Callable[[], object]]:
 def write(groups: Groups, settings: GridSettings, w_hat: Tensor) -> None:
     """Writes w_hat of the present parameters."""
     given = (*_arrays(groups, _grid(groups, settings)), array(w_hat.view(groups.weight.shape)))
-    over_rows(*groups.weight.shape, lambda first, end: loops.write(first, end, *given))
+    _over(groups.weight, lambda first, end: loops.write(first, end, *given))
 
 
 def step(
@@ -54,7 +55,7 @@ def step(
     grid, far = _grid(groups, settings), np.float32(rate)
     sums = torch.empty(4, len(groups.low))
     given = (*_arrays(groups, grid), array(gradient.view(groups.weight.shape)), far, array(sums))
-    over_rows(*groups.weight.shape, lambda first, end: loops.move(first, end, *given))
+    _over(groups.weight, lambda first, end: loops.move(first, end, *given))
     if grid.zero is not None:
         move_factors(groups, grid, list(sums), rate=rate, limits=limits, faults=faults)
     else:
@@ -75,7 +76,7 @@ def keep(groups: Groups, settings: GridSettings, better: Tensor) -> None:
     if grid.zero is not None:
         groups.zero.copy_(grid.zero)
     given = (*_arrays(groups, grid), array(groups.codes))
-    over_rows(*groups.weight.shape, lambda first, end: loops.keep(first, end, *given))
+    _over(groups.weight, lambda first, end: loops.keep(first, end, *given))
 
 
 def _grid(groups: Groups, settings: GridSettings) -> Grid:
@@ -97,15 +98,30 @@ def search_range(
 ) -> tuple[Tensor, Tensor]:
     """The range of each group with the least error; `rounding_operators.search_range`."""
     given = array(weight), array(second_moments.float().sqrt().contiguous())
+    if settings.symmetric and scale_dtype in DTYPES:
+        low, high = torch.empty(2, len(weight))
+        factors, levels = (
+            np.array(range_factors(SYMMETRIC_FACTORS), dtype=np.float32),
+            np.float32(2 ** (settings.bits - 1)),
+        )
+        like = array(torch.empty(1, dtype=scale_dtype))
+        all_of_it = (*given, factors, levels, np.float32(settings.smallest), like, array(low), array(high))
+        work = weight.shape[1] * SYMMETRIC_FACTORS
+        over_rows(len(weight), work, lambda first, end: loops.least_symmetric(first, end, *all_of_it))
+        return low, high
 
     def lengths(scale: Tensor, bounds: Sequence[tuple[Bound, Bound]]) -> Sequence[Tensor]:
         lowest, highest = (torch.stack([_filled(end, scale) for end in side]) for side in zip(*bounds, strict=True))
         out = torch.empty_like(lowest)
         arrays = (*given, *map(array, (scale, lowest, highest, out)))
-        over_rows(*weight.shape, lambda first, end: loops.lengths(first, end, *arrays))
+        _over(weight, lambda first, end: loops.lengths(first, end, *arrays))
         return list(out)
 
     return least_range(GroupRange.of(weight.float()), lengths, settings, scale_dtype)
+
+
+def _over(weight: Tensor, loop: Callable[[int, int], object]) -> None:
+    over_rows(weight.shape[0], weight.shape[1], loop)
 
 
 def _filled(bound: Bound, like: Tensor) -> Tensor:

@@ -272,7 +272,7 @@ class _Lengths:
             torch.maximum(self._rounded, lowest.unsqueeze(-1), out=error)
             torch.minimum(error, highest.unsqueeze(-1), out=error)
         else:
-            torch.clamp(self._rounded, lowest, highest, out=error)
+            torch.clamp(self._rounded, float(lowest), float(highest), out=error)
         error.sub_(self._in_steps).mul_(self._roots)
         length: Tensor = torch.linalg.vector_norm(error, dim=-1)
         return length

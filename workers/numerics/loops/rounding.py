@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from workers.numerics.loops.compiled import adding_loop, loop
-from workers.numerics.loops.numbers import stored, wide
+from workers.numerics.loops.numbers import rounded, stored, wide
 
 
 @loop
@@ -124,3 +124,48 @@ def lengths(first: int, end: int, weight: Any, roots: Any, scale: Any, lowest: A
                 error = (min(max(np.rint(steps), low), high) - steps) * roots[row, j]
                 total += error * error
             out[k, g] = np.sqrt(total) * s
+
+
+@adding_loop
+def least_symmetric(
+    first: int,
+    end: int,
+    weight: Any,
+    roots: Any,
+    factors: Any,
+    levels: Any,
+    smallest: Any,
+    stored_as: Any,
+    low: Any,
+    high: Any,
+) -> None:
+    """low, high (groups,): the symmetric range with the least weighted error, of `factors` times the full one and both
+    signs of the scale, as `workers.numerics.backends.rounding_operators.search_range` tries them.
+
+    stored_as   an array of the dtype that stores scales
+    """
+    zero, one = np.float32(0), np.float32(1)
+    for g in range(first, end):
+        row, bottom, top = g % roots.shape[0], zero, zero
+        for j in range(weight.shape[1]):
+            bottom, top = min(bottom, wide(weight[g, j])), max(top, wide(weight[g, j]))
+        low_wins, widest = -bottom > top, max(-bottom, top)
+        by_low: Any = low_wins
+        least, reach = np.float32(np.inf), widest
+        for k in range(factors.shape[0]):
+            s = rounded(max(widest * factors[k] / levels, smallest), stored_as)
+            positive, negative = zero, zero
+            for j in range(weight.shape[1]):
+                steps, root = wide(weight[g, j]) / s, roots[row, j]
+                nearest = np.rint(steps)
+                error = (min(max(nearest, -levels), levels - one) - steps) * root
+                other = (min(max(nearest, one - levels), levels) - steps) * root
+                positive += error * error
+                negative += other * other
+            positive, negative = np.sqrt(positive) * s, np.sqrt(negative) * s
+            usual, turned = (positive, negative) if low_wins else (negative, positive)
+            if usual < least:
+                least, reach, by_low = usual, widest * factors[k], low_wins
+            if turned < least:
+                least, reach, by_low = turned, widest * factors[k], not low_wins
+        low[g], high[g] = (-reach, zero) if by_low else (zero, reach)
