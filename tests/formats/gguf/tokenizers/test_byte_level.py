@@ -53,5 +53,5 @@ def test_matches_that_are_kept_and_what_is_between_thrown_away_are_the_same_rule
 def test_merges_across_digits_that_llama_cpp_does_not_take_apart_are_refused(name: str, pair: str) -> None:
     made = described(KINDS[name]())
     made["model"]["merges"].append([pair[:1], pair[1:]])
-    with pytest.raises(FormatCannotHold, match="no name for"):
+    with pytest.raises(FormatCannotHold, match="reaches across digits"):
         pre_name(made)

@@ -131,7 +131,8 @@ def _name(described: Mapping[str, Any]) -> tuple[str, bool]:
     if described["model"].get("type") != "BPE" or described["model"].get("byte_fallback"):
         raise refusal("it is not byte-level BPE")
     parts = steps_of(described.get("pre_tokenizer"), "pretokenizers") or [{}]
-    if _is_falcon(parts) and not _mixes_digits(described):
+    if _is_falcon(parts):
+        _demand_digits_apart(described)
         return "falcon", False
     last, first = parts[-1], parts[:-1]
     by_regex, whole_words = last.get("use_regex", True), bool(described["model"].get("ignore_merges"))
@@ -144,10 +145,12 @@ def _name(described: Mapping[str, Any]) -> tuple[str, bool]:
         if len(first) == 1 and digits == [True]:
             return "smollm", False
     patterns = tuple(_pattern(step, alone=len(first) == 1) for step in first)
-    if not by_regex and first and not (DIGIT in patterns and _mixes_digits(described)):
+    if not by_regex and first:
         found = BY_PATTERNS.get(patterns)
         name = None if found is None else _of_both(found, described, whole_words)
         if found is not None and name is not None:
+            if DIGIT in patterns:
+                _demand_digits_apart(described)
             return name, found.approximate
     raise refusal("it splits text in a way that llama.cpp has no name for")
 
@@ -176,19 +179,20 @@ def _is_falcon(steps: list[Mapping[str, Any]]) -> bool:
     )
 
 
-def _mixes_digits(described: Mapping[str, Any]) -> bool:
-    """True if a merge makes a token of digits and others, or of four digits and more.
+def _demand_digits_apart(described: Mapping[str, Any]) -> None:
+    """Refuses merges across digits that the tokenizer takes apart.
 
-    llama.cpp leaves what is before digits together with them, and runs of them whole, where the tokenizer does not: the
-    tokens are the same where no merge reaches across.
+    llama.cpp leaves what is before digits together with them, and runs of them whole: the tokens are the same where no
+    merge reaches across, as where a vocabulary is trained by the tokenizer's own rules.
     """
     single = not _is_falcon(steps_of(described.get("pre_tokenizer"), "pretokenizers"))
     for first, second in pairs_of(described):
         made = first + second
         digits = sum(letter.isnumeric() for letter in made)
         if digits and (single or digits < len(made) or digits > 3):
-            return True
-    return False
+            raise refusal(
+                f"its merge of {first!r} and {second!r} reaches across digits, which llama.cpp leaves together"
+            )
 
 
 def _isolates(step: Mapping[str, Any], *, alone: bool) -> bool:
