@@ -287,7 +287,7 @@ def test_ids_that_are_none_are_not_found(api: Api, job_id: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (_changed(model_type="helium"), "helium is none of them"),
+        (_changed(model_type="gpt_neo"), "gpt_neo is none of them"),
         (_changed(intermediate_size=80), "has 80 inputs"),
         (_changed(hidden_act="gelu"), "hidden_act = 'gelu'"),
         (_changed(model_type="mistral", sliding_window=32), "sliding_window = 32"),

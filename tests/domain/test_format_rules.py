@@ -154,7 +154,7 @@ def test_the_format_of_each_result() -> None:
 @pytest.mark.parametrize(
     ("name", "kinds", "low_rank", "scales", "offsets", "dense", "library", "files"),
     [
-        (NATIVE, WEIGHTS, LowRankRule.KEEPS, ScaleDtype.ANY, Offsets.EXACT, False, "bitwright", "*.safetensors"),
+        (NATIVE, WEIGHTS, LowRankRule.KEEPS, ScaleDtype.ANY, Offsets.EXACT, False, "bitwright", "weights*.safetensors"),
         (CT, PACKED, LowRankRule.BESIDE, ScaleDtype.MODEL, Offsets.NONE, False, "transformers", "*.safetensors"),
         (MERGED, WEIGHTS, LowRankRule.MERGES, ScaleDtype.ANY, Offsets.EXACT, True, "transformers", "*.safetensors"),
         (PEFT, WEIGHTS, LowRankRule.IS, ScaleDtype.ANY, Offsets.NONE, False, "peft", "*.safetensors"),

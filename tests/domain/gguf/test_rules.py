@@ -142,6 +142,8 @@ def test_a_configuration_that_the_file_can_say(model_type: str, config: dict[str
         ("qwen3_5_text", {"linear_key_head_dim": 64, "linear_value_head_dim": 128}, "linear_key_head_dim = 64"),
         ("mamba", {"hidden_size": 4, "intermediate_size": 12}, "intermediate_size = 12"),
         ("mpt", {"attn_config": {"alibi": False}}, "attn_config.alibi = False"),
+        ("minimax", {"mlp_alpha_factor": 2, "sliding_window": None}, "one factor for all three"),
+        ("minimax", {"mlp_beta_factor": 0.5, "sliding_window": None}, "mlp_beta_factor = 0.5"),
         ("mpt", {"attn_config": {"softmax_scale": 0.5}}, "attn_config.softmax_scale = 0.5"),
     ],
     ids=str,

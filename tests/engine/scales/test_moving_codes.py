@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from app.domain.attempt_lines import AttemptLine
+from app.domain.formats import ExportFormat
 from app.domain.methods.named_schemes import SchemeName
 from bitwright.events import WarningEvent
 from tests.engine.conftest import Finished, finish, run_job
@@ -253,7 +254,7 @@ def undisturbed(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def stored(workspace: Path, format: str = "native") -> dict[str, Tensor]:
-    (file,) = (workspace / "output" / format).glob("*.safetensors")
+    (file,) = (workspace / "output" / format).glob(ExportFormat(format).info.weight_files[0])
     return load_file(file)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from app.domain.attempt_lines import ResultLine
+from app.domain.formats import ExportFormat
 from app.domain.request.job_request import JobRequest
 from bitwright.errors import FormatCannotHold, InvalidRequest
 from tests.engine.conftest import run_job
@@ -43,7 +44,7 @@ def assert_told_truly(result: ResultLine, workspace: Path, ids: torch.Tensor) ->
     for way, checkpoint, found in shipping.measured(result, workspace / "output", ids):
         assert way.figures.perplexity == pytest.approx(found, rel=0.005), (way, checkpoint)
     for name, size in result.report.size.bytes_files.items():
-        files = (workspace / "output" / name).glob("*.gguf" if name == "gguf" else "*.safetensors")
+        files = (workspace / "output" / name).glob(ExportFormat(name).info.weight_files[0])
         assert size == sum(file.stat().st_size for file in files)
     assert set(result.report.size.bytes_files) == set(result.checkpoints) - {"adapter"}
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 from app.domain.gguf.architectures import ARCHITECTURES, WRAPPERS
 from app.domain.inputs.architectures import ARCHITECTURES as ACCEPTED
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 VOCABULARY = 400
+DECAYS = ("query_decay", "key_decay", "diagonal_decay")
 IDS = torch.randint(4, 300, (100,), generator=torch.Generator().manual_seed(0))
 """Longer than every window, and without the token of an image."""
 BLOCKS = dict.fromkeys(("gpt2", "bloom", "falcon", "gpt_bigcode"), "h") | {"mpt": "blocks"}
@@ -143,7 +145,13 @@ def save(folder: Path, model_type: str, changes: dict[str, Any], monkeypatch: py
         return own(name, **{**configurations.TYPES.get(name, {}), **rest, **CHANGES.get(name, {}), **changes})
 
     monkeypatch.setattr(configurations, "_text", text)
-    random_model(model_type).save_pretrained(folder)
+    model = random_model(model_type)
+    for module in model.modules():
+        if isinstance(module, MiniMaxLightningAttention):  # its buffers, which llama.cpp computes, are drawn as well
+            module.slope_rate.copy_(module.get_slope_rate())
+            for name, decay in zip(DECAYS, module.decay_factors(module.slope_rate), strict=True):
+                module.get_buffer(name).copy_(decay)
+    model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 

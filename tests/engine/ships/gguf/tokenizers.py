@@ -8,6 +8,8 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from workers.formats.gguf.tokenizers.byte_level import LETTERS_WITH_CASE
+
 VOCABULARY = 800
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -64,6 +66,23 @@ def byte_level(*patterns: str, digits: bool = False, whole_words: bool = False, 
     return _trained(made, around, pre_tokenizers.ByteLevel.alphabet(), ())
 
 
+def stepwise(*steps: Any) -> Tokenizer:
+    """Byte-level BPE by these steps."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+    made.decoder = decoders.ByteLevel()
+    return _trained(made, "<s> $A", pre_tokenizers.ByteLevel.alphabet(), ())
+
+
+def isolating(*patterns: str) -> list[Any]:
+    """Steps whose matches are pieces."""
+    return [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+
+
+DIGITS, BYTES = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False, use_regex=False)
+HAN = "[一-龥ࠀ-一가-퟿]+"
+
+
 def sentencepiece(prefix: str, *, complete: bool = True, around: str = "<s> $A") -> Tokenizer:
     """BPE over characters with bytes to fall back on.
 
@@ -102,6 +121,19 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "gpt-4o": lambda: byte_level(GPT_4O),
     "seed-coder": lambda: byte_level(SEED),
     "deepseek-v3": lambda: byte_level(*DEEPSEEK),
+    "bloom": lambda: byte_level(r" ?[^(\s|[.,!?…。，、।۔،])]+"),
+    "deepseek-coder": lambda: stepwise(*isolating("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN), DIGITS, BYTES),
+    "deepseek-llm": lambda: stepwise(
+        *isolating("[\r\n]", r"\s?[" + LETTERS_WITH_CASE + "]+", "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", HAN),
+        DIGITS,
+        BYTES,
+    ),
+    "falcon": lambda: stepwise(
+        pre_tokenizers.Punctuation("contiguous"),
+        pre_tokenizers.ByteLevel(False),
+        pre_tokenizers.Digits(individual_digits=False),
+        *isolating("[0-9][0-9][0-9]"),
+    ),
     "llama, prepend": lambda: sentencepiece("prepend"),
     "llama, always": lambda: sentencepiece("always"),
     "llama, first": lambda: sentencepiece("first"),

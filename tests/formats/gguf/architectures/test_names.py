@@ -15,8 +15,9 @@ from workers.engine.model.meta_model import model_class
 from workers.formats.gguf.architectures.names import FUSED, Names, plain_name
 from workers.formats.gguf.architectures.numbers import config_of, experts_of
 from workers.formats.gguf.architectures.registry import FAMILIES
+from workers.formats.gguf.metadata import NAMED_AS
 
-KINDS = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+KINDS = {name: kind for kind, name in MODEL_ARCH_NAMES.items()} | dict(NAMED_AS)
 TYPES = sorted({*(ARCHITECTURES.keys() & ACCEPTED.keys()), *WRAPPERS})
 QUICK = frozenset(
     {"llama", "mixtral", "gemma3", "gpt_oss", "qwen3_5_moe_text", "granitemoeshared", "deepseek_v3", "gpt2"}

@@ -45,3 +45,13 @@ def test_matches_that_are_kept_and_what_is_between_thrown_away_are_the_same_rule
     made = described(byte_level(LLAMA_3))
     made["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
     assert pre_name(made) == "dbrx"
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"), [("deepseek-coder", "12"), ("deepseek-llm", "a1"), ("falcon", "Ġ1"), ("falcon", "1234")]
+)
+def test_merges_across_digits_that_llama_cpp_does_not_take_apart_are_refused(name: str, pair: str) -> None:
+    made = described(KINDS[name]())
+    made["model"]["merges"].append([pair[:1], pair[1:]])
+    with pytest.raises(FormatCannotHold, match="reaches across digits"):
+        pre_name(made)

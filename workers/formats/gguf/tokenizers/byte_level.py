@@ -39,6 +39,32 @@ DEEPSEEK = (
     r"| ?[\p{P}\p{S}]+[" + "\r\n" + r"]*|\s*[" + "\r\n" + r"]+|\s+(?!\S)|\s+",
 )
 
+DIGIT = "\\p{N}"
+"""Stands in these lists for the step that takes digits apart one by one."""
+HAN = "[一-龥ࠀ-一가-퟿]+"
+LETTERS_WITH_CASE = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
+    "ὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-"
+    "ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+DEEPSEEK_CODER = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN, DIGIT)
+DEEPSEEK_LLM = (
+    "[\r\n]",
+    r"\s?[" + LETTERS_WITH_CASE + "]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    HAN,
+    DIGIT,
+)
+BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+FALCON: tuple[Mapping[str, Any], ...] = (
+    {"type": "Punctuation", "behavior": "Contiguous"},
+    {"type": "ByteLevel", "use_regex": True},
+    {"type": "Digits", "individual_digits": False},
+    {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated"},
+)
+"""Falcon's steps: after GPT-2's rules, runs of digits apart from what is before them, in threes."""
+
 
 @dataclass(frozen=True)
 class Splitting:
@@ -61,6 +87,9 @@ BY_PATTERNS: Mapping[tuple[str, ...], Splitting] = MappingProxyType(
         (TEKKEN,): Splitting("tekken", None, approximate=True),
         (SEED,): Splitting(None, "seed-coder"),
         DEEPSEEK: Splitting(None, "deepseek-v3"),
+        DEEPSEEK_CODER: Splitting(None, "deepseek-coder"),
+        DEEPSEEK_LLM: Splitting(None, "deepseek-llm"),
+        (BLOOM,): Splitting(None, "bloom"),
     }
 )
 """Regular expressions by which tokenizers split text one after another -> the names of the same rules."""
@@ -102,6 +131,9 @@ def _name(described: Mapping[str, Any]) -> tuple[str, bool]:
     if described["model"].get("type") != "BPE" or described["model"].get("byte_fallback"):
         raise refusal("it is not byte-level BPE")
     parts = steps_of(described.get("pre_tokenizer"), "pretokenizers") or [{}]
+    if _is_falcon(parts):
+        _demand_digits_apart(described)
+        return "falcon", False
     last, first = parts[-1], parts[:-1]
     by_regex, whole_words = last.get("use_regex", True), bool(described["model"].get("ignore_merges"))
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
@@ -112,10 +144,13 @@ def _name(described: Mapping[str, Any]) -> tuple[str, bool]:
             return "gpt-2", False
         if len(first) == 1 and digits == [True]:
             return "smollm", False
-    if not by_regex and first and all(_isolates(step, alone=len(first) == 1) for step in first):
-        found = BY_PATTERNS.get(tuple(step["pattern"].get("Regex", "") for step in first))
+    patterns = tuple(_pattern(step, alone=len(first) == 1) for step in first)
+    if not by_regex and first:
+        found = BY_PATTERNS.get(patterns)
         name = None if found is None else _of_both(found, described, whole_words)
         if found is not None and name is not None:
+            if DIGIT in patterns:
+                _demand_digits_apart(described)
             return name, found.approximate
     raise refusal("it splits text in a way that llama.cpp has no name for")
 
@@ -124,6 +159,40 @@ def _of_both(found: Splitting, described: Mapping[str, Any], whole_words: bool) 
     """The name for the tokenizer's way with words that are tokens, or the other one where it makes no difference."""
     own, other = (found.whole_words, found.others) if whole_words else (found.others, found.whole_words)
     return own if own is not None or other is None or _whole_words_matter(described) else other
+
+
+def _pattern(step: Mapping[str, Any], *, alone: bool) -> str:
+    """The expression whose matches a step takes apart, as in `BY_PATTERNS`; "" for another kind of step."""
+    if step.get("type") == "Digits" and step.get("individual_digits"):
+        return DIGIT
+    return str(step["pattern"].get("Regex", "")) if _isolates(step, alone=alone) else ""
+
+
+def _is_falcon(steps: list[Mapping[str, Any]]) -> bool:
+    """True for Falcon's own steps."""
+    same = len(steps) == len(FALCON)
+    pairs = zip(steps, FALCON, strict=False)
+    return (
+        same
+        and all(own.items() <= {"use_regex": True, **step}.items() for step, own in pairs)
+        and not any(step.get("invert") or step.get("add_prefix_space") for step in steps)
+    )
+
+
+def _demand_digits_apart(described: Mapping[str, Any]) -> None:
+    """Refuses merges across digits that the tokenizer takes apart.
+
+    llama.cpp leaves what is before digits together with them, and runs of them whole: the tokens are the same where no
+    merge reaches across, as where a vocabulary is trained by the tokenizer's own rules.
+    """
+    single = not _is_falcon(steps_of(described.get("pre_tokenizer"), "pretokenizers"))
+    for first, second in pairs_of(described):
+        made = first + second
+        digits = sum(letter.isnumeric() for letter in made)
+        if digits and (single or digits < len(made) or digits > 3):
+            raise refusal(
+                f"its merge of {first!r} and {second!r} reaches across digits, which llama.cpp leaves together"
+            )
 
 
 def _isolates(step: Mapping[str, Any], *, alone: bool) -> bool:
