@@ -1,4 +1,4 @@
-"""What an attempt reads of strangers, read by the child that does it for attempts: refused, and the child goes on."""
+"""Input of strangers, read by the child that reads it for attempts: refused, and the child goes on."""
 
 import time
 from collections.abc import Iterator

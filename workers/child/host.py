@@ -163,7 +163,7 @@ def _print_into(path: Path) -> None:
 
 
 def _input(order: InputOrder) -> InputAnswer:
-    """What was read, or what was wrong with it."""
+    """The answer to an order: what was read, or what was wrong with it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing was tokenized before the fork
     _print_into(Path(order.place) / LOG)
     limit_memory(order.memory_bytes)

@@ -93,7 +93,7 @@ def _sub_config(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def known_keys(kind: type[PreTrainedConfig]) -> frozenset[str]:
+def known_keys(kind: Any) -> frozenset[str]:
     """Names that a configuration class has as fields, or that its code and its model's mention.
 
     A name that the class has otherwise, such as a method or a table of the library's, is none of them.

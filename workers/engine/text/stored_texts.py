@@ -75,7 +75,7 @@ class StoredFinetuning(Message):
 
 
 class TextsLine(Message):
-    """What a job reads, without the tokens."""
+    """The texts of a job without their tokens."""
 
     calibration: StoredSequences | None = None
     evaluation: StoredSequences | None = None

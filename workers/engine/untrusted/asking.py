@@ -10,7 +10,6 @@ reads the texts in its own process.
 """
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -37,15 +36,12 @@ ANSWER_BYTES = 1 << 20
 Part = Literal["model", "texts"]
 
 
-@dataclass
 class JobInput:
-    """The input of a job, as one of its ranks gets it."""
+    """The input of a job, as one of its ranks gets it; what is read of it lies in the folder `place`."""
 
-    order: AttemptOrder
-    place: Path
-    rank: int
-    child: LimitedProcess | None
-    _asked: float = 0.0
+    def __init__(self, order: AttemptOrder, place: Path, rank: int, child: LimitedProcess | None) -> None:
+        self.order, self.place, self.rank, self.child = order, place, rank, child
+        self._asked = 0.0
 
     @classmethod
     def of(cls, order: AttemptOrder, workspace: Path, rank: int) -> "JobInput":
@@ -86,7 +82,7 @@ class JobInput:
             self._ask("texts")
 
     def texts(self) -> Texts:
-        """What it has read; nothing where no part of the job reads text. Raises as `try_model`."""
+        """The texts that it has read; nothing where no part of the job reads text. Raises as `try_model`."""
         if not self.limited:
             return Texts(None, None)
         if self.rank == 0:
@@ -145,7 +141,7 @@ class JobInput:
         replace_file(self.place / f"{part}.json", answer.model_dump_json().encode())
 
     def _told(self, part: Part) -> InputAnswer:
-        """What the first rank was told; where that was an error, it ends this rank, too."""
+        """The answer that the first rank was given; where that was an error, it ends this rank, too."""
         file, until = self.place / f"{part}.json", time.monotonic() + PATIENCE.total_seconds()
         while not file.exists():
             if time.monotonic() > until:
@@ -158,4 +154,5 @@ def _of_outcome(outcome: Outcome) -> OverLimit | InternalError:
     """The error of a child that gave no answer: its own limits are not what ended it."""
     if outcome.ended is Ended.DIED:
         return InternalError(f"the child that reads the job's input has ended: {outcome.words}")
-    return OverLimit(f"what reads the job's input was ended: {outcome.words}", field="model")
+    hint = "look for a chat template or a tokenizer that does not end, or that multiplies; or give shorter texts"
+    return OverLimit(f"what reads the job's input was ended: {outcome.words}", field="model", hint=hint)
