@@ -67,6 +67,9 @@ def import_all() -> None:
     from transformers.models.llama import modeling_llama  # noqa: PLC0415, F401
 
     from workers.engine.untrusted import reading  # noqa: PLC0415, F401
+    from workers.formats.library_config import know  # noqa: PLC0415
+
+    know("llama")
 
     transformers.utils.logging.disable_progress_bar()
     with suppress(ImportError):

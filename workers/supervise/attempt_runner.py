@@ -287,9 +287,9 @@ class _Attempt:
             overstepped = code < 0 and memory.overstepped()
         log.info("process_ended", module=module, code=code, ignored=reader.ignored + child.dropped_lines)
         self._events.flush()
+        what = "fetch" if wanted is FetchedLine else "attempt"
         if overstepped and memory.limit is not None:
             raise over_limit(memory.limit)
-        what = "fetch" if wanted is FetchedLine else "attempt"
         if code == 0 and isinstance(endings.result, wanted):
             return endings.result
         raise error_of_exit(code, endings.failed, oom_killed=oom_kills() > kills_before, what=what)
