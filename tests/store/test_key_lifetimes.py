@@ -9,7 +9,9 @@ from app.domain.access import Scope
 from app.store import keys
 from app.store.models import ApiKey
 from app.store.session import Database
+from app.store.tenants import change_tenant
 from bitwright.errors import Conflict, NotFound, Unauthenticated
+from bitwright.tenancy import TenantChange
 
 DAY = 86_400.0
 
@@ -114,3 +116,19 @@ def test_the_last_use_only_moves_forward(database: Database, tenant: str) -> Non
     assert third is not None
     assert first == second
     assert 35 < (third - first).total_seconds() < 45
+
+
+def test_streams_end_with_the_life_of_their_key(database: Database, tenant: str) -> None:
+    """What streams ask now and then: which of their keys are still good."""
+    forever, brief = issue(database, tenant)[0].id, issue(database, tenant, 60)[0].id
+
+    def good() -> frozenset[str]:
+        with database.reading() as session:
+            return keys.good_keys(session, {forever, brief, "key_x"})
+
+    assert good() == {forever, brief}
+    let_pass(database, 61)
+    assert good() == {forever}
+    with database.transaction() as session:
+        change_tenant(session, tenant, TenantChange(suspended=True))
+    assert good() == frozenset()

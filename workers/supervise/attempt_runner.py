@@ -128,8 +128,8 @@ class _Attempt:
         artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)
         request = self._claim.request
         missed = missed_requirement(request.require, result.report, request.formats)
-        self._events.flush()
         currency = self._context.settings.price_currency
+        self._events.flush()
         if missed is not None:
             self.outcome = missed.code
             report = result.report

@@ -4,7 +4,7 @@ from typing import Any
 
 from app.api.http.errors import MEDIA_TYPE
 from app.domain.request.job_request import JobRequest
-from bitwright.errors import ERRORS, RequestError
+from bitwright.errors import ERRORS, QuotaExceeded, RequestError
 from bitwright.views import Problem
 
 ALWAYS = ("unauthenticated", "missing_scope", "malformed_body", "invalid_request", "unavailable", "internal_error")
@@ -40,12 +40,16 @@ def problems(*codes: str, public: bool = False) -> dict[int | str, dict[str, Any
 
 
 def complete_document(document: dict[str, Any]) -> dict[str, Any]:
-    """Add the schemas that only descriptions refer to."""
+    """Add the schemas that only descriptions refer to, and what any POST may be answered with."""
     schemas = document["components"]["schemas"]
     for model in (Problem, JobRequest):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= {name: definition for name, definition in schema.pop("$defs", {}).items() if name not in schemas}
         schemas.setdefault(model.__name__, schema)
+    for path, item in document["paths"].items():
+        if path.startswith("/v1/") and "post" in item:
+            # Counted before the route is reached, whichever it is.
+            item["post"]["responses"].setdefault("429", _problem(429, ["rate_limit_exceeded"]))
     return document
 
 
@@ -56,6 +60,11 @@ def _problem(status: int, codes: list[str]) -> dict[str, Any]:
     response: dict[str, Any] = {"description": lines, "content": {MEDIA_TYPE: {"schema": schema, "examples": examples}}}
     if status in (429, 503):
         response["headers"] = {"Retry-After": text_header("Seconds to wait.", "integer")}
+    if any(issubclass(ERRORS[code], QuotaExceeded) for code in codes):
+        response["headers"] |= {
+            "RateLimit-Policy": text_header('Quotas that the request met, e.g. `"posts";q=60;w=60`.'),
+            "RateLimit": text_header('What is left of them, e.g. `"posts";r=0;t=41`.'),
+        }
     return response
 
 

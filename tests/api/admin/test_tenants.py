@@ -1,6 +1,7 @@
 """Tenants and keys through the admin routes, and what the audit log and use tell of it."""
 
 import itertools
+from decimal import Decimal
 
 import pytest
 from cryptography.fernet import Fernet
@@ -11,6 +12,7 @@ from app.api.main import create_app
 from app.domain.access import Scope
 from app.store.keys import issue_key
 from app.store.models import ApiKey, HubToken
+from tests.api.checkpoints import write_checkpoint
 from tests.api.conftest import SHORTHAND, Answer, Api, make_settings, problem
 
 TENANTS = "/v1/admin/tenants"
@@ -290,3 +292,16 @@ def test_reads_note_uses_without_a_write(api: Api) -> None:
         assert api.reader.get("/v1/methods").status_code == 200
     with api.database.reading() as session:
         assert set(session.scalars(select(ApiKey.last_used_at))) == {None}
+
+
+def test_with_a_price_a_dry_run_tells_money(api: Api) -> None:
+    """Seconds as estimated, at 3.60 an hour: a thousandth of the currency for each."""
+    body = {**SHORTHAND, "model": str(write_checkpoint(api.folder / "models" / "tiny")), "group_size": 16}
+    free = api.client.post("/v1/jobs?dry_run=true", json=body).json()
+    assert free["cost"] == {}
+    settings = api.settings.model_copy(update={"price_per_gpu_hour": Decimal("3.6"), "price_currency": "EUR"})
+    with TestClient(create_app(settings), headers={"Authorization": f"Bearer {api.key}"}) as client:
+        priced = client.post("/v1/jobs?dry_run=true", json=body).json()
+    assert priced["cost"].keys() == {"cuda"}, "a CPU has no price"
+    assert priced["cost"]["cuda"]["currency"] == "EUR"
+    assert float(priced["cost"]["cuda"]["amount"]) == pytest.approx(priced["estimates"]["seconds"]["cuda"] / 1000)
