@@ -3,10 +3,14 @@
 import threading
 from collections.abc import Callable
 from math import inf
-from time import monotonic
+from time import monotonic, sleep
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
+
+
+SHARE = 4
+"""After a change it is asked again once this many times the last question's duration is over: a fifth of the time."""
 
 
 class Kept(Generic[Value]):
@@ -18,15 +22,24 @@ class Kept(Generic[Value]):
         self._lock = threading.Lock()
         self._value: Value | None = None
         self._until = -inf
+        self._not_before = -inf
 
-    def __call__(self) -> Value:
-        """The value, at most `seconds` old. What the question raises is raised, and it is asked again next time."""
+    def __call__(self, *, wait: bool = False) -> Value:
+        """The value, at most `seconds` old. What the question raises is raised, and it is asked again next time.
+
+        wait   after a change, sleep until the question may be asked again, instead of taking the value from before
+        """
         with self._lock:
-            if self._value is None or monotonic() >= self._until:
+            if wait and self._until == -inf:
+                sleep(max(self._not_before - monotonic(), 0.0))
+            started = monotonic()
+            if self._value is None or self._not_before <= started >= self._until:
                 self._value = self._ask()
-                self._until = monotonic() + self._seconds
+                ended = monotonic()
+                self._until = ended + self._seconds
+                self._not_before = ended + SHARE * (ended - started)
             return self._value
 
     def forget(self) -> None:
-        """Ask again next time: this process has just changed what the answer is about."""
+        """Ask anew: this process has just changed what the answer is about."""
         self._until = -inf
