@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections.abc import Set
 from contextlib import ExitStack
 
 import pytest
@@ -108,7 +109,7 @@ def test_a_stream_ends_with_its_key(any_api: Api) -> None:
     with any_api.database.transaction() as session:
         revoked, kept = (issue_key(session, any_api.tenant_id, name=n, scopes=frozenset())[0].id for n in "ab")
 
-    def good(key_ids: set[str]) -> frozenset[str]:
+    def good(key_ids: Set[str]) -> frozenset[str]:
         with any_api.database.reading() as session:
             return good_keys(session, key_ids)
 
