@@ -14,7 +14,10 @@ SHARE = 4
 
 
 class Kept(Generic[Value]):
-    """A value that is asked for at most once in `seconds`; of callers at the same time, one asks and all wait."""
+    """A value that is asked for at most once in `seconds`, by one of its callers.
+
+    While one asks, the others take the value from before; of the first value they wait for the answer.
+    """
 
     def __init__(self, ask: Callable[[], Value], seconds: float) -> None:
         self._ask = ask
@@ -25,20 +28,28 @@ class Kept(Generic[Value]):
         self._not_before = -inf
 
     def __call__(self, *, wait: bool = False) -> Value:
-        """The value, at most `seconds` old. What the question raises is raised, and it is asked again next time.
+        """The value. What the question raises is raised, and it is asked again next time.
 
         wait   after a change, sleep until the question may be asked again, instead of taking the value from before
         """
-        with self._lock:
-            if wait and self._until == -inf:
-                sleep(max(self._not_before - monotonic(), 0.0))
-            started = monotonic()
-            if self._value is None or self._not_before <= started >= self._until:
-                self._value = self._ask()
-                ended = monotonic()
-                self._until = ended + self._seconds
-                self._not_before = ended + SHARE * (ended - started)
-            return self._value
+        before = self._value
+        if not self._lock.acquire(blocking=wait or before is None) and before is not None:
+            return before
+        try:
+            return self._fresh(wait)
+        finally:
+            self._lock.release()
+
+    def _fresh(self, wait: bool) -> Value:
+        if wait and self._until == -inf:
+            sleep(max(self._not_before - monotonic(), 0.0))
+        started = monotonic()
+        if self._value is None or self._not_before <= started >= self._until:
+            self._value = self._ask()
+            ended = monotonic()
+            self._until = ended + self._seconds
+            self._not_before = ended + SHARE * (ended - started)
+        return self._value
 
     def forget(self) -> None:
         """Ask anew: this process has just changed what the answer is about."""
