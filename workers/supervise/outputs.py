@@ -14,6 +14,7 @@ from workers.supervise.lease import LeaseKeeper
 
 MEDIA_TYPES = {
     ".json": "application/json",
+    ".html": "text/html",
     ".md": "text/markdown",
     ".txt": "text/plain",
     ".jinja": "text/plain",
