@@ -106,6 +106,11 @@ def _split_paths(value: object) -> object:
         raise ValueError('a value that begins with [ must be a JSON list of folders, e.g. ["/models"]') from error
 
 
+def _split_words(value: object) -> object:
+    """A variable holds words divided by commas."""
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+
 def _sqlite_url(data: dict[str, Any]) -> str:
     return f"sqlite:///{data['data_dir']}/bitwright.db"
 
@@ -186,6 +191,16 @@ class Settings(BaseSettings):
         default="127.0.0.1", description="Address that the API binds."
     )
     port: int = Field(default=8080, ge=0, le=65_535, description="Port that the API binds.")
+    dashboard: bool = Field(
+        default=True, description="Whether `/` and below are pages for people; false: the API alone, and its own pages."
+    )
+    page_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_words), AfterValidator(values.hosts)] = (
+        Field(
+            default=(),
+            description="Names, divided by commas, under which browsers may open pages, besides addresses, localhost "
+            "and the machine's own name; * allows every one.",
+        )
+    )
     max_body_bytes: int = Field(default=MIB, ge=KIB, le=GIB, description="Largest JSON body.")
     max_upload_bytes: int = Field(
         default=200 * GIB, ge=KIB, le=PIB, description="Largest upload, all its files together."
@@ -290,6 +305,7 @@ WAYS: Mapping[str, str] = MappingProxyType(
     {
         "hub_enabled": "give true or false",
         "hub_preflight": "give true or false",
+        "dashboard": "give true or false",
         "devices": "give `all`, or a number from 1 to 64",
         "model_roots": 'give folders divided like $PATH, or a JSON list, e.g. ["/models"]',
     }

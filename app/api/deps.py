@@ -1,13 +1,14 @@
 """State of an API process, and the aliases by which endpoints ask for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
 
 from app.api.event_feed import EventFeed
 from app.api.metrics import Metrics
-from app.api.submission.hub_child import HubChild
+from app.api.pages.log_ins import LogIns
+from app.api.submission.hub_child import HubChild, Looks
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.session import Database
@@ -43,6 +44,10 @@ def _metrics(state: Annotated["State", Depends(get_state)]) -> Metrics:
     return state.metrics
 
 
+def _log_ins(state: Annotated["State", Depends(get_state)]) -> LogIns:
+    return state.log_ins
+
+
 @dataclass(frozen=True)
 class State:
     """Everything that requests share."""
@@ -54,13 +59,16 @@ class State:
     metrics: Metrics
     hub: HubChild | None = None
     """None where models on the Hub are the workers' business alone."""
+    log_ins: LogIns = field(default_factory=LogIns)
 
 
 SettingsOf = Annotated[Settings, Depends(_settings)]
 DatabaseOf = Annotated[Database, Depends(_database)]
 BlobsOf = Annotated[BlobStore, Depends(_blobs)]
 FeedOf = Annotated[EventFeed, Depends(_feed)]
+LooksOf = Annotated[Looks | None, Depends(_hub)]
 HubOf = Annotated[HubChild | None, Depends(_hub)]
+LogInsOf = Annotated[LogIns, Depends(_log_ins)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
 IdempotencyHeader = Annotated[
     str | None,

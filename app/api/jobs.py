@@ -7,7 +7,7 @@ from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from app.api.auth import Reader, Submitter
-from app.api.deps import BlobsOf, DatabaseOf, HubOf, IdempotencyHeader, MetricsOf, SettingsOf
+from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, LooksOf, MetricsOf, SettingsOf
 from app.api.http.documentation import problems, text_header
 from app.api.representations import job_view
 from app.api.submission.base_jobs import find_base_job
@@ -80,7 +80,7 @@ def create_job(
     database: DatabaseOf,
     blobs: BlobsOf,
     metrics: MetricsOf,
-    hub: HubOf,
+    hub: LooksOf,
     dry_run: Annotated[bool, Query(description="Check, expand and estimate; store nothing.")] = False,
     idempotency_key: IdempotencyHeader = None,
 ) -> Any:

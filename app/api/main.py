@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 
-from app.api import architectures, artifacts, events, formats, health, jobs, methods, pages, uploads, workers
+from app.api import architectures, artifacts, events, formats, health, jobs, methods, uploads, workers
 from app.api.deps import State
 from app.api.event_feed import POLL_LIMIT, EventFeed
 from app.api.http import archive
@@ -17,6 +17,8 @@ from app.api.http.errors import install_error_handlers
 from app.api.http.middleware import BodyLimit, RequestContext
 from app.api.http.strictness import refuse_unread
 from app.api.metrics import Metrics
+from app.api.pages import catalogue, compare, documentation, entrance, job, submit
+from app.api.pages import jobs as job_list
 from app.api.submission import exports
 from app.api.submission.hub_child import HubChild
 from app.logs import configure_logging
@@ -26,8 +28,10 @@ from app.store.events import StoredEvent, events_after
 from app.store.jobs import count_by_status
 from app.store.session import Database
 
-MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health, pages)
+MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health)
 ROUTERS = tuple(module.router for module in MODULES)
+PAGES = tuple(module.router for module in (entrance, job_list, job, submit, compare, catalogue))
+"""Routers of the dashboard."""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -44,13 +48,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("bitwright"),
         openapi_tags=TAGS,
         dependencies=[Depends(refuse_unread)],
-        docs_url=None,  # `app.api.pages` has both, without scripts from elsewhere
+        docs_url=None,  # `app.api.pages.documentation` has both, without scripts from elsewhere
         redoc_url=None,
         lifespan=_lifespan,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.state.bitwright = state
-    for router in ROUTERS:
+    pages = (job_list.front, entrance.assets, *PAGES) if settings.dashboard else ()
+    for router in (*ROUTERS, *pages, documentation.router):
         app.include_router(router)
     install_error_handlers(app)
     # The one added last is outermost.

@@ -56,8 +56,16 @@ def authenticate(session: Session, plaintext: str) -> Principal:
     if shape is None or _checksum(shape[1]) != shape[2]:
         raise Unauthenticated("the API key is malformed; a key is bw_ and 38 letters and digits")
     key = session.scalars(select(ApiKey).where(ApiKey.digest == _digest(plaintext))).one_or_none()
-    if key is None or key.revoked_at is not None:
+    principal = None if key is None else principal_of(key)
+    if principal is None:
         raise Unauthenticated("the API key is unknown or revoked")
+    return principal
+
+
+def principal_of(key: ApiKey) -> Principal | None:
+    """The principal that a stored key stands for now; None if it stands for nobody any more."""
+    if key.revoked_at is not None:
+        return None
     return Principal(tenant_id=key.tenant_id, key_id=key.id, scopes=frozenset(map(Scope, key.scopes)))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.api.submission.hub_child import HubChild
+from app.api.submission.hub_child import Looks
 from app.domain.advice import starved_calibration
 from app.domain.estimates import estimate
 from app.domain.fit import can_do_without_model, misfits, problem_of, refusal, warnings_of, without_model_problems
@@ -74,7 +74,7 @@ class Preflight:
         self.problems.append(problem_of(error, path))
 
 
-def look_at_hub(request: JobRequest, hub: HubChild | None) -> Answer | None:
+def look_at_hub(request: JobRequest, hub: Looks | None) -> Answer | None:
     """The Hub's answer about the request's model; None where that is elsewhere, the Hub is late, or not asked.
 
     It takes seconds at the worst, so no transaction may be open.
