@@ -64,7 +64,9 @@ def loading(paragraphs: Sequence[str]) -> Section | None:
     for paragraph in paragraphs:
         for number, piece in enumerate(FENCE.split(paragraph)):
             if piece.strip():
-                parts.append((number % 2 == 1, piece.strip("\n") if number % 2 else " ".join(piece.split())))
+                parts.append(
+                    (number % 2 == 1, piece.strip("\n") if number % 2 else " ".join(piece.replace("**", "").split()))
+                )
     return Section("load", "Load", code=tuple(parts)) if parts else None
 
 

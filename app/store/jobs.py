@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from sqlalchemy import ColumnElement, Select, delete, func, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from app.domain.request.job_request import JobRequest
 from app.domain.request.source_walk import read_uploads
@@ -96,7 +96,9 @@ class JobRepository:
         model: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Page[Job]:
-        """Up to `limit` jobs, newest first, that match every filter given; `after` is a page's `next_cursor`.
+        """Up to `limit` jobs, newest first, that match every filter given, without their reports.
+
+        after    a page's `next_cursor`
 
         method   a method, or the recipe that was asked for
 
@@ -117,7 +119,9 @@ class JobRepository:
         where += [Job.model == model] if model is not None else []
         where += [Job.id.in_(self._labelled(name, value)) for name, value in (metadata or {}).items()]
         limit = min(max(limit, 1), MAX_PAGE)
-        rows = self._session.scalars(select(Job).where(*where).order_by(Job.id.desc()).limit(limit + 1)).all()
+        # A report has a line for every linear: a page of them would be megabytes that no list shows.
+        listed = select(Job).options(defer(Job.report, raiseload=True)).where(*where)
+        rows = self._session.scalars(listed.order_by(Job.id.desc()).limit(limit + 1)).all()
         items = rows[:limit]
         return Page(items=items, next_cursor=items[-1].id if len(rows) > limit else None)
 

@@ -7,6 +7,7 @@ from datetime import datetime
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
+from app.store.clock import Instant, seconds_between
 from app.store.models import Artifact, Attempt, Job, Upload, UploadFile
 from bitwright.job_states import JobStatus
 
@@ -41,34 +42,33 @@ def usage_of(session: Session, tenant_id: str) -> Usage:
     """The totals as of now."""
     by_status = select(Job.status, func.count()).where(Job.tenant_id == tenant_id).group_by(Job.status)
     counts = {row[0]: row[1] for row in session.execute(by_status)}
-    ended = select(Attempt.started_at, Attempt.finished_at).where(
-        Attempt.tenant_id == tenant_id, Attempt.finished_at.is_not(None)
-    )
+    spent = func.coalesce(func.sum(seconds_between(Attempt.started_at, Attempt.finished_at)), 0.0)
+    ended = select(spent).where(Attempt.tenant_id == tenant_id, Attempt.finished_at.is_not(None))
     stored = select(func.count(), func.coalesce(func.sum(Artifact.size), 0)).where(Artifact.tenant_id == tenant_id)
     sent = (
         select(func.count(), func.coalesce(func.sum(UploadFile.size), 0))
         .join(Upload, Upload.id == UploadFile.upload_id)
         .where(Upload.tenant_id == tenant_id, Upload.completed_at.is_not(None))
     )
-    spent = sum((end - start).total_seconds() for start, end in session.execute(ended) if end is not None)
     files, received = session.execute(stored).one(), session.execute(sent).one()
     return Usage(
         jobs=dict.fromkeys(JobStatus, 0) | counts,
-        attempt_seconds=spent,
+        attempt_seconds=float(session.scalars(ended).one()),
         artifacts=(files[0], int(files[1])),
         uploads=(received[0], int(received[1])),
     )
 
 
-def models_of(session: Session, tenant_id: str, limit: int) -> Sequence[UsedModel]:
-    """The models of the tenant's jobs, the one used last first."""
-    succeeded = func.sum(case((Job.status == JobStatus.SUCCEEDED, 1), else_=0))
-    latest = func.max(Job.created_at)
-    query = (
-        select(Job.model, func.count(), succeeded, latest)
+def models_of(session: Session, tenant_id: str, latest_jobs: int) -> Sequence[UsedModel]:
+    """The models of the tenant's latest jobs, the one used last first."""
+    latest = (
+        select(Job.model, Job.status, Job.created_at)
         .where(Job.tenant_id == tenant_id)
-        .group_by(Job.model)
-        .order_by(latest.desc())
-        .limit(limit)
+        .order_by(Job.id.desc())
+        .limit(latest_jobs)
+        .subquery("latest")
     )
+    succeeded = func.sum(case((latest.c.status == JobStatus.SUCCEEDED, 1), else_=0))
+    used = func.max(latest.c.created_at, type_=Instant())
+    query = select(latest.c.model, func.count(), succeeded, used).group_by(latest.c.model).order_by(used.desc())
     return [UsedModel(model, jobs, int(done), when) for model, jobs, done, when in session.execute(query)]

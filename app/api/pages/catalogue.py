@@ -17,16 +17,17 @@ from app.store.usage import models_of, usage_of
 from app.store.workers import waiting
 
 router = page_router()
-MOST_MODELS = 200
+LATEST_JOBS = 1000
+"""Jobs whose models are shown."""
 
 
 @router.get("/models")
 def show_models(request: Request, found: VisitorOf, database: DatabaseOf) -> Response:
     """Models of the visitor's jobs, and the types that are accepted."""
     with database.reading() as session:
-        models = models_of(session, found.principal.tenant_id, MOST_MODELS)
+        models = models_of(session, found.principal.tenant_id, LATEST_JOBS)
     types = sorted({(name, info.title) for name, info in ARCHITECTURES.items()})
-    return page(request, "models", visitor=found, models=models, types=types)
+    return page(request, "models", visitor=found, models=models, types=types, latest=LATEST_JOBS)
 
 
 @router.get("/catalogue")

@@ -63,7 +63,8 @@ def compare(
 def _against(compared: list[Compared], what: str) -> Chart | None:
     """Size against a figure: each result a series of one point, and a line through those that no other one beats."""
     points = [_point(one.report, what) for one in compared]
-    known = [(point, one.name) for point, one in zip(points, compared, strict=True) if point is not None]
+    names = [f"{n}: {one.report.method}" for n, one in enumerate(compared, start=1)]
+    known = [(point, name) for point, name in zip(points, names, strict=True) if point is not None]
     if len(known) < 2:
         return None
     x = tuple(sorted({point[0] for point, _ in known}))
@@ -72,7 +73,7 @@ def _against(compared: list[Compared], what: str) -> Chart | None:
         return tuple(own.get(position) for position in x)
 
     front = dict(points[index] or (0.0, 0.0) for index in unbeaten(points))
-    series = {f"{n}: {name}": placed(dict([point])) for n, (point, name) in enumerate(known, start=1)}
+    series = {name: placed(dict([point])) for point, name in known}
     title = f"Size against {what}: left and low is better"
     return Chart(title, "MB", what, x, {"not beaten by another": placed(front), **series}, joined=False)
 

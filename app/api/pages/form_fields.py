@@ -138,7 +138,7 @@ def _model(models: Sequence[str]) -> Field:
 
 def _method() -> Field:
     names = (*METHODS, *RECIPES, *ADAPTER_RECIPES)
-    return Field("method", "method", "choice", "GET /v1/methods describes each", choices=names, needed=True)
+    return Field("method", "method", "choice", "the page on methods describes each", choices=names, needed=True)
 
 
 def _training(recipe: bool) -> Iterator[Field]:

@@ -31,14 +31,14 @@ from app.store.models import Artifact
 from app.store.waiting import places
 from bitwright.delivery import delivery
 from bitwright.errors import Conflict, NotFound, StorageError
-from bitwright.events import LogEvent, ProgressEvent, Stage, StatusEvent, WarningEvent
+from bitwright.events import LogEvent, Stage, StatusEvent, WarningEvent
 from bitwright.job_states import FINAL_STATUSES, JobStatus
 
 router = page_router()
 log = structlog.get_logger(__name__)
 
 CURVE_EVENTS = 1000
-TOLD_EVENTS = 40
+TOLD_EVENTS, TOLD_TYPES = 40, ("status", "warning", "log")
 CARD = "README.md"
 CARD_BYTES = 128 << 10
 REPORT_BYTES = 16 << 20
@@ -66,7 +66,7 @@ def show_job(request: Request, job_id: str, found: VisitorOf, database: Database
         job = repository.get(job_id)
         queued = job.status is JobStatus.QUEUED
         view = job_view(job, repository.attempts(job_id), places(session).get(job.id) if queued else None)
-        told = events.page(job_id, max(0, job.last_event - TOLD_EVENTS), TOLD_EVENTS)
+        told = events.latest_of(job_id, TOLD_TYPES, TOLD_EVENTS)
         running = view.report is None
         charts = of_events(events.latest_of(job_id, EVENT_TYPES, CURVE_EVENTS)) if running else []
         artifacts = ArtifactRepository(session, tenant_id).of_job(job_id)
@@ -221,8 +221,6 @@ def event_line(stored: StoredEvent) -> tuple[StoredEvent, str, str] | None:
     if isinstance(event, LogEvent):
         fields = ", ".join(f"{name} {value}" for name, value in event.fields.items())
         return stored, event.level, event.event.replace("_", " ") + (f": {fields}" if fields else "")
-    if isinstance(event, ProgressEvent) and event.done == event.total:
-        return stored, "stage", f"{event.stage.value}: {event.total:g} {event.unit}"
     return None
 
 

@@ -26,8 +26,8 @@ router = page_router()
 FIRST_METHOD = "signround"
 FILLED = {"method": FIRST_METHOD, "bits": "4"}
 """What the empty form begins with."""
-PROPOSED = 40
-"""Names of models that the form proposes: those of the latest jobs."""
+LATEST_JOBS = 100
+"""Jobs whose models the form proposes."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _form(
     status: int = 200,
 ) -> Response:
     with database.reading() as session:
-        models = [used.model for used in models_of(session, found.principal.tenant_id, PROPOSED)]
+        models = [used.model for used in models_of(session, found.principal.tenant_id, LATEST_JOBS)]
     groups = groups_of(_one(form, "method") or FIRST_METHOD, models)
     return page(
         request,

@@ -15,16 +15,18 @@
     const ink = colour("--soft"), rule = colour("--rule");
     const values = told.series.flatMap((one) => one.values.filter((value) => value != null));
     const wide = values.length > 0 && Math.min(...values) > 0 && Math.max(...values) > 20 * Math.min(...values);
-    const axis = (label) => ({ label, stroke: ink, grid: { stroke: rule, width: 1 }, ticks: { stroke: rule, width: 1 } });
+    const power = (mark) => Math.abs(Math.log10(mark) - Math.round(Math.log10(mark))) < 1e-9;
+    const tens = (_, marks) => marks.map((mark) => (wide && !power(mark) ? null : mark));
+    const axis = (label) => ({ label, stroke: ink, labelSize: 22, grid: { stroke: rule, width: 1 }, ticks: { stroke: rule, width: 1 } });
     const series = told.series.map((one, n) => ({
       label: one.name, stroke: colours[n % colours.length], width: 2, spanGaps: true, dash: n === 1 && told.joined ? [6, 4] : undefined,
-      points: { show: !told.joined || one.values.length < 60, size: told.joined ? 5 : n === 0 ? 0 : 11, fill: colours[n % colours.length] },
+      points: { show: told.joined ? one.values.length < 60 : n > 0, size: told.joined ? 5 : 11, fill: colours[n % colours.length] },
       value: (_, value) => short(value),
     }));
     const options = {
       width: Math.max(240, box.clientWidth), height: HEIGHT, series: [{ label: told.x_title, value: (_, value) => short(value) }, ...series],
       scales: { x: { time: false, range: padded }, y: wide ? { distr: 3 } : { range: padded } },
-      axes: [axis(told.x_title), { ...axis(wide ? `${told.y_title}, logarithmic` : told.y_title), size: 64, values: (_, marks) => marks.map((mark) => mark == null ? "" : short(mark)) }],
+      axes: [{ ...axis(told.x_title), size: 30 }, { ...axis(wide ? `${told.y_title}, logarithmic` : told.y_title), size: 58, grid: { stroke: rule, width: 1, filter: tens }, values: (_, marks) => marks.map((mark) => mark == null ? "" : short(mark)) }],
       cursor: { drag: { x: false, y: false } },
     };
     plots.get(box)?.destroy();
