@@ -137,7 +137,7 @@ def comparison_table(compared: Sequence[Compared], settings: Sequence[Row], figu
         texts = [Text(text, style="bold green" if n == row.best else "") for n, text in enumerate(row.texts)]
         table.add_row(row.name, *texts)
     ahead = unbeaten([size_and_distance(result.report) for result in compared])
-    table.add_row("smaller or closer than every other", *("yes" if n in ahead else "" for n in range(len(compared))))
+    table.add_row("not beaten by another", *("yes" if n in ahead else "" for n in range(len(compared))))
     return table
 
 

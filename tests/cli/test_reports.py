@@ -70,7 +70,7 @@ def test_compare_of_jobs_and_folders(service: Service, tmp_path: Path) -> None:
     assert told["doubts"] == []
     code, shown = on_terminal("compare", job_id, str(tmp_path), *flags(service))
     assert code == 0
-    assert "smaller or closer than every other" in shown
+    assert "not beaten by another" in shown
 
 
 def test_folders_alone_need_no_service(tmp_path: Path) -> None:

@@ -58,9 +58,10 @@ def chart(title: str, x_title: str, y_title: str, curves: Mapping[str, Points], 
 
 def thin(points: Points) -> Points:
     """At most about `MOST_POINTS` of the points, the last one among them."""
-    every = -(-len(points) // MOST_POINTS)
-    kept = list(points[::every])
-    return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
+    if len(points) <= MOST_POINTS:
+        return points
+    kept = list(points[:: -(-len(points) // MOST_POINTS)])
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
 
 def of_events(events: Iterable[StoredEvent]) -> list[Chart]:

@@ -7,7 +7,7 @@ the checks of every request name them.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from app.api.pages.session import Form
@@ -16,7 +16,7 @@ from app.domain.formats import FORMATS
 from app.domain.methods import METHODS, RECIPES
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES
 from app.domain.request.finetuning import Finetune
-from app.domain.request.job_request import Calibration, Evaluation, JobRequest, Requirements
+from app.domain.request.job_request import SHORTHAND, Calibration, Evaluation, JobRequest, Requirements
 from bitwright.errors import FieldProblem, InvalidRequest
 
 Kind = Literal["text", "integer", "number", "flag", "choice"]
@@ -25,6 +25,7 @@ FORMATS_FIELD, LABELS_FIELD, REST_FIELD, LOADS_FIELD = "formats", "metadata", "r
 APART = frozenset({"method", "modules", "kv_cache", "bits", "scheme", "preset", "group_size", "symmetric"})
 """Fields of a method that stand elsewhere on the form, or in its JSON."""
 FIRST = ("bits", "scheme", "preset", "group_size", "symmetric")
+BY_PRESET = "Empty: as the preset says."
 SOURCES = "org/name on the Hub, a path under a root of the service, or the id of an upload"
 
 
@@ -62,9 +63,20 @@ class Group:
 def groups_of(method: str, models: Sequence[str]) -> list[Group]:
     """All fields for a method or recipe; `models` are proposed as names."""
     recipe = ADAPTER_RECIPES.get(method)
-    plain = recipe.expands_to()["method"] if recipe is not None else RECIPES.get(method, {}).get("method", method)
-    info = METHODS.get(str(plain))
+    fixed = dict(RECIPES.get(method, {}) if recipe is None else recipe.expands_to())
+    info = METHODS.get(str(fixed.get("method", method)))
     own = {} if info is None else {field.name: field for field in of_schema(info.spec.model_json_schema())}
+    own |= {name: replace(own[name], default=in_words(value)) for name, value in fixed.items() if name in own}
+    preset = {name for each in (info.presets.values() if info is not None else ()) for name in each.spec}
+    own |= {
+        name: replace(own[name], default="", about=f"{own[name].about} {BY_PRESET}") for name in preset & own.keys()
+    }
+    calibration = tuple(of_schema(Calibration.model_json_schema(), "calibration."))
+    if preset:
+        calibration = (
+            calibration[0],
+            *(replace(each, default="", about=f"{each.about} {BY_PRESET}") for each in calibration[1:]),
+        )
     first = tuple(own[name] for name in FIRST if name in own)
     rest = tuple(field for name, field in own.items() if name.partition(".")[0] not in APART)
     found = [
@@ -72,7 +84,7 @@ def groups_of(method: str, models: Sequence[str]) -> list[Group]:
         Group(f"More of {method}", tuple(field for field in rest if "." not in field.name)),
         Group("A goal in place of bits", tuple(field for field in rest if "." in field.name)),
         Group("Training of an adapter", tuple(_training(recipe is not None)), folded=recipe is None),
-        Group("Calibration text", tuple(of_schema(Calibration.model_json_schema(), "calibration."))),
+        Group("Calibration text", calibration),
         Group("Evaluation text", tuple(of_schema(Evaluation.model_json_schema(), "evaluation."))),
         Group("Requirements", tuple(of_schema(Requirements.model_json_schema(), "require."))),
         Group("The job", tuple(_job())),
@@ -122,9 +134,11 @@ def _simple(name: str, label: str, own: Mapping[str, Any], *, needed: bool) -> F
 
 
 def _default(own: Mapping[str, Any]) -> str:
-    value = own.get("default")
-    if value is None:
-        return ""
+    return in_words(own.get("default"))
+
+
+def in_words(value: object) -> str:
+    """A value as it is typed; empty for what the form has no words for."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
@@ -149,7 +163,7 @@ def _training(recipe: bool) -> Iterator[Field]:
     prefix = "" if recipe else "adapter."
     lora = {field.name: field for field in of_schema(ADAPTERS["lora"].spec.model_json_schema())}
     for name in ("rank", "alpha", "dropout"):
-        yield Field(**{**vars(lora[name]), "name": f"{prefix}{name}"})
+        yield replace(lora[name], name=f"{prefix}{name}")
     yield from of_schema(Finetune.model_json_schema(), "finetune.")
     merge = "fold the adapter into the weights; empty: it stays apart"
     yield Field("merge", "merge", "choice", merge, choices=("quantized", "16bit"))
@@ -182,7 +196,12 @@ def body_of(form: Form, fields: Sequence[Field]) -> dict[str, Any]:
         body["formats"] = chosen
     if labels := labels_of(next(iter(form.get(LABELS_FIELD, ())), "")):
         body["metadata"] = labels
-    return merged(body, rest_of(next(iter(form.get(REST_FIELD, ())), "")))
+    rest = rest_of(next(iter(form.get(REST_FIELD, ())), ""))
+    if isinstance(rest.get("quantization"), dict):
+        # Its fields stand either there or at the top, not in both places.
+        inner = {name: body.pop(name) for name in SHORTHAND if name in body}
+        rest = {**rest, "quantization": merged(inner, rest["quantization"])}
+    return merged(body, rest)
 
 
 def value_of(field: Field, text: str) -> object:

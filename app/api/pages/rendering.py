@@ -45,7 +45,7 @@ HEADERS = {
     "Content-Security-Policy": POLICY,
     # Not no-referrer, as elsewhere: browsers would then send `Origin: null` with our own forms.
     "Referrer-Policy": "same-origin",
-    "Vary": "Cookie",
+    "Vary": "Accept, Cookie",
 }
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 
@@ -57,7 +57,7 @@ def page(
     text = (
         _environment()
         .get_template(f"{template}.jinja")
-        .render(root=root_of(request), path=request.scope["path"], version=version("bitwright"), **values)
+        .render(root=root_of(request), path=path_of(request), version=version("bitwright"), **values)
     )
     return HTMLResponse(text, status_code=status, headers={**HEADERS, **(headers or {})})
 
@@ -66,6 +66,12 @@ def root_of(request: Request) -> str:
     """The prefix under which a proxy shows the service."""
     root: Any = request.scope.get("root_path", "")
     return str(root).rstrip("/")
+
+
+def path_of(request: Request) -> str:
+    """The path of a page, without that prefix."""
+    path, root = str(request.scope["path"]), root_of(request)
+    return (path.removeprefix(root) or "/") if path == root or path.startswith(f"{root}/") else path
 
 
 def asset_bytes(name: str) -> bytes:

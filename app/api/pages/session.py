@@ -22,7 +22,7 @@ from starlette.responses import RedirectResponse, Response
 
 from app.api.deps import DatabaseOf, SettingsOf
 from app.api.http.errors import RETRY_AFTER_SECONDS, error_from_status, error_from_validation
-from app.api.pages.rendering import page, root_of
+from app.api.pages.rendering import page, path_of, root_of
 from app.domain.access import Principal, Scope
 from app.settings import Settings
 from app.store.page_sessions import LIFE_SECONDS, find_session
@@ -236,9 +236,9 @@ def error_page(request: Request, error: BitwrightError) -> Response:
 
 def to_log_in(request: Request) -> Response:
     """The way to the log-in, and back from there to a page that was asked for."""
-    wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    wanted = path_of(request) + (f"?{request.url.query}" if request.url.query else "")
     back = f"?next={quote(wanted, safe='')}" if request.method == "GET" and wanted != "/" else ""
-    return RedirectResponse(f"{root_of(request)}/login{back}", SEE_OTHER)
+    return RedirectResponse(f"{root_of(request)}/login{back}", SEE_OTHER, headers={"Vary": "Accept, Cookie"})
 
 
 def local_path(wanted: str | None) -> str:

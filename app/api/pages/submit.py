@@ -149,6 +149,7 @@ def _problems(error: BitwrightError, fields: list[Field]) -> dict[str, list[str]
     for place, detail in told:
         parts = place.removeprefix("quantization.").split(".")
         owner = next((name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in names), "")
+        owner = owner or next((each.name for each in fields if place and each.name.startswith(f"{place}.")), "")
         found.setdefault(owner, []).append(detail if owner == place else f"{place}: {detail}" if place else detail)
     return found
 

@@ -102,7 +102,7 @@
     async function ask(action) {
       const mine = ++turn, body = new URLSearchParams(new FormData(form));
       body.set("action", action);
-      const answer = await fetch(form.action, { method: "POST", body, credentials: "same-origin" });
+      const answer = await fetch(form.getAttribute("action"), { method: "POST", body, credentials: "same-origin" });
       if (mine !== turn) return null;
       if (answer.redirected) { location.reload(); return null; }
       return parsed(answer);
