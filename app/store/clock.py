@@ -6,7 +6,7 @@ Leases and back-off compare times of many machines, so those times come from the
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, DateTime, Dialect, Float, bindparam
+from sqlalchemy import DateTime, Dialect, Float, SQLColumnExpression, bindparam
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
@@ -23,7 +23,7 @@ def seconds_from_now(seconds: float) -> "Later":
     return Later(bindparam(None, seconds, type_=Float()))
 
 
-def seconds_between(start: ColumnElement[datetime | None], end: ColumnElement[datetime | None]) -> "Between":
+def seconds_between(start: SQLColumnExpression[Any], end: SQLColumnExpression[Any]) -> "Between":
     """SQL: the seconds from one time to another."""
     return Between(start, end)
 

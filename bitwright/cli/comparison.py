@@ -39,6 +39,15 @@ class Axis:
     lower: bool | None = True
 
 
+def _quality(name: str) -> Callable[[Report], float | None]:
+    """A figure of the quality."""
+    return lambda report: None if report.quality is None else getattr(report.quality, name)
+
+
+def _loss_after(report: Report) -> float | None:
+    return None if report.finetuning is None else report.finetuning.loss_after
+
+
 def _reference(report: Report) -> float | None:
     return None if report.round_to_nearest is None else report.round_to_nearest.kl_divergence
 
@@ -59,12 +68,12 @@ FIGURES = (
     Axis("size", lambda report: report.size.bytes_quantized, format_bytes),
     Axis("bits per weight, whole model", lambda report: report.size.bits_per_weight_model, "{:.3f}".format),
     Axis("bits per weight, quantized linears", lambda report: report.size.bits_per_weight, "{:.3f}".format),
-    Axis("perplexity of the original", lambda r: r.quality and r.quality.perplexity_original, "{:.3f}".format, None),
-    Axis("perplexity", lambda report: report.quality and report.quality.perplexity, "{:.3f}".format),
-    Axis("KL to the original", lambda report: report.quality and report.quality.kl_divergence, "{:.5f}".format),
-    Axis("same most likely token", lambda r: r.quality and r.quality.top1_agreement, "{:.2%}".format, lower=False),
+    Axis("perplexity of the original", _quality("perplexity_original"), "{:.3f}".format, None),
+    Axis("perplexity", _quality("perplexity"), "{:.3f}".format),
+    Axis("KL to the original", _quality("kl_divergence"), "{:.5f}".format),
+    Axis("same most likely token", _quality("top1_agreement"), "{:.2%}".format, lower=False),
     Axis("KL of round to nearest", _reference, "{:.5f}".format, None),
-    Axis("held-out loss after training", lambda r: r.finetuning and r.finetuning.loss_after, "{:.4f}".format),
+    Axis("held-out loss after training", _loss_after, "{:.4f}".format),
     Axis("time", lambda report: report.seconds.get("total"), format_seconds),
     Axis("time to quantize", lambda report: report.seconds.get("quantize"), format_seconds),
     Axis("peak host memory", lambda report: report.peak_memory.host_bytes, format_bytes),

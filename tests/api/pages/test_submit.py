@@ -12,7 +12,7 @@ from app.domain.methods import METHODS, RECIPES
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import HubModel
-from app.hub.looks import Answer, Found
+from app.hub.looks import Answer, Found, Question
 from app.settings import Settings
 from app.store.session import migrate
 from bitwright.errors import InvalidRequest
@@ -143,7 +143,11 @@ def test_typing_asks_the_hub_nothing(settings: Settings) -> None:
     child = HubChild(settings)
     model, other = HubModel(id="org/model"), HubModel(id="org/other")
     answer = Answer(number=1, found=Found(config={}, accepted=False, tensor_bytes=1, weights=1, tokenizer=True))
-    child._ask = lambda question, _: answer if question.id == "org/model" else None  # type: ignore[method-assign]
+
+    def told(question: Question, deadline: float) -> Answer | None:
+        return answer if question.id == "org/model" else None
+
+    child._ask = told  # type: ignore[method-assign]
     assert child.known_only().look(model, any_type=False) is None
     assert child.look(model, any_type=False) == answer
     assert child.look(other, any_type=False) is None
