@@ -249,7 +249,7 @@ def _shades(values: Sequence[float]) -> Callable[[float], int]:
 def _axis(
     values: Sequence[float], start: float, end: float, *, logarithmic: bool, whole: bool = False
 ) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
-    """Where values lie between `start` and `end`, and marks at round ones."""
+    """Places of values between `start` and `end`, and marks at round ones."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     if low == high:
         margin = abs(low) / 10 or 1.0

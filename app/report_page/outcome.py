@@ -67,7 +67,7 @@ def _of(text: TextReport) -> str:
 
 
 def tried(report: Report, figures: Figures) -> Section | None:
-    """What runtimes made of the result where it was made."""
+    """Runtimes that read the result where it was made, and what came of it."""
     rows = tuple(
         (
             one.format,
@@ -232,7 +232,7 @@ def times(report: Report, figures: Figures) -> Section:
 
 
 def settings(report: Report, figures: Figures) -> Section:
-    """What was asked for and decided, with versions and hashes, so that another run can do the same."""
+    """Settings and decisions, with versions and hashes, so that another run can do the same."""
     model, method = report.model, METHODS.get(report.method)
     rows: list[tuple[Item, ...]] = [
         ("model", model.source),

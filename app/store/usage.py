@@ -1,4 +1,4 @@
-"""What a tenant has used: jobs, the time that they took, what is stored; and the models that its jobs were on."""
+"""Usage of a tenant: jobs, the time that they took, what is stored; and the models that its jobs were on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -82,7 +82,7 @@ FIGURES = (
 
 
 def settings_rows(results: Sequence[Compared]) -> list[Row]:
-    """What was asked for, without what no result has."""
+    """Rows of settings, without what no result has."""
     rows = []
     for name, value in SETTINGS:
         texts = tuple(value(result.report) or "" for result in results)
@@ -91,7 +91,7 @@ def settings_rows(results: Sequence[Compared]) -> list[Row]:
 
 
 def figure_rows(results: Sequence[Compared]) -> list[Row]:
-    """What was measured, and the bytes of weight files by format; without what no result has."""
+    """Rows of figures, and the bytes of weight files by format; without what no result has."""
     formats = dict.fromkeys(name for result in results for name in result.report.size.bytes_files)
     files = [Axis(f"weight files of {name}", _files_of(name), format_bytes) for name in formats]
     head, rest = FIGURES[:2], FIGURES[2:]

@@ -1,4 +1,4 @@
-"""What pages read of the store: sessions, usage, models, events by type, lists without reports."""
+"""Reads of the store for pages: sessions, usage, models, events by type, lists without reports."""
 
 from dataclasses import replace
 from datetime import timedelta

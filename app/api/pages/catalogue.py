@@ -1,4 +1,4 @@
-"""What there is: models of earlier jobs, methods and formats, workers; and what the visitor has used."""
+"""Pages on models of earlier jobs, methods and formats, workers, usage and keys."""
 
 from fastapi import Request
 from starlette.responses import Response
@@ -51,7 +51,7 @@ def show_workers(request: Request, found: VisitorOf, database: DatabaseOf) -> Re
 
 @router.get("/usage")
 def show_usage(request: Request, found: VisitorOf, database: DatabaseOf) -> Response:
-    """What the visitor's tenant has used."""
+    """Totals of the visitor's tenant."""
     with database.reading() as session:
         usage = usage_of(session, found.principal.tenant_id)
     return page(request, "usage", visitor=found, usage=usage)

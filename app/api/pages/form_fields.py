@@ -111,7 +111,7 @@ def of_schema(schema: Mapping[str, Any], prefix: str = "") -> Iterator[Field]:
 
 
 def _options(own: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What a field may be, references followed; its first simple form comes first."""
+    """Schemas that a field may have, references followed; its first simple form comes first."""
     for option in own.get("anyOf", own.get("oneOf", [own])):
         target = option.get("$ref")
         yield definitions[target.rpartition("/")[2]] if target else option
@@ -229,7 +229,7 @@ def labels_of(text: str) -> dict[str, str]:
 
 
 def rest_of(text: str) -> dict[str, Any]:
-    """What was typed as JSON.
+    """Fields that were typed as JSON.
 
     Raises:
         InvalidRequest: it is no object.

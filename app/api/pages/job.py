@@ -197,7 +197,7 @@ def stages_of(job: JobView) -> list[tuple[str, str, float | None]]:
 
 
 def _goes_through(job: JobView, stage: Stage) -> bool:
-    """Whether a request asks for a stage; those that follow from the method are shown when they come."""
+    """True if a request asks for a stage; those that follow from the method are shown when they come."""
     request = job.request
     if not isinstance(request, JobRequest):
         return stage not in (Stage.SCALES, Stage.CALIBRATE, Stage.FINETUNE, Stage.VERIFY)

@@ -1,4 +1,4 @@
-"""Who opens a page: the session's cookie, the name of the host, and forms that come from our own pages.
+"""Guards of pages: the session's cookie, the name of the host, and forms that come from our own pages.
 
 A cookie opens pages and nothing else: /v1 reads the header `Authorization` alone.
 """

@@ -25,7 +25,7 @@ router = page_router()
 
 FIRST_METHOD = "signround"
 FILLED = {"method": FIRST_METHOD, "bits": "4"}
-"""What the empty form begins with."""
+"""Values that the empty form begins with."""
 LATEST_JOBS = 100
 """Jobs whose models the form proposes."""
 
@@ -142,7 +142,7 @@ def _opened(group: Group, form: Form, answer: Answer | None) -> Group:
 
 
 def _problems(error: BitwrightError, fields: list[Field]) -> dict[str, list[str]]:
-    """What is wrong, by the input where it is shown: the one of that name, or of which it is a part."""
+    """Problems by the input where it is shown: the one of that name, or of which it is a part."""
     names = {each.name for each in fields} | {FORMATS_FIELD, REST_FIELD, "metadata"}
     told = [(one.field, one.detail) for one in error.errors] or [(error.field or "", error.detail)]
     found: dict[str, list[str]] = {}

@@ -150,7 +150,7 @@ def _loading(
     base: Callable[[Mapping[str, Scheme]], AdapterBase] | None,
     outputs: Mapping[str, int],
 ) -> Loading:
-    """What the format's section "Load" is made from."""
+    """Facts from which the format's section "Load" is made."""
     identity = Identity.of(report)
     contents = _contents(identity, export_format, linears, formats)
     in_adapter_file = contents is Contents.BASE and not holds_base_alone(export_format, formats)
