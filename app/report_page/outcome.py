@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from app.domain.methods import METHODS
 from app.report_page.charts import Series, bars, plot
-from app.report_page.figures import Chart, Figure, Figures, Item, Section, Table, seconds_in_words, token
+from app.report_page.figures import Chart, Figure, Figures, Item, Section, Side, Table, seconds_in_words, token
 from bitwright.report import GoalReport, Report, TextReport
 
 READ = {"files": "the whole checkpoint", "block": "one block"}
@@ -83,6 +83,37 @@ def tried(report: Report, figures: Figures) -> Section | None:
     head = ("format", "runtime", "read", "result", "difference", "tokens written", "detail")
     said = ("Read back where it was made; the difference of logits is in standard deviations.",)
     return Section("loads", "Runtimes", said, tables=(Table("Runtimes", head, rows),)) if rows else None
+
+
+def generations(report: Report, figures: Figures) -> Section | None:
+    """Texts of the original and of each checkpoint after the same words."""
+    told = [(n, one, one.written) for n, one in enumerate(report.loads) if one.written is not None]
+    if not told:
+        return None
+    rows = tuple(
+        (
+            one.format,
+            one.runtime,
+            figures.at(f"/loads/{n}/written/same"),
+            figures.at(f"/loads/{n}/written/tokens"),
+        )
+        for n, one, _ in told
+    )
+    prompts = dict.fromkeys(text.prompt for _, _, text in told)
+    beside = tuple(
+        (
+            Side("original", prompt + next(text.original for _, _, text in told if text.prompt == prompt)),
+            *(
+                Side(f"{one.format} in {one.runtime}", prompt + text.result)
+                for _, one, text in told
+                if text.prompt == prompt
+            ),
+        )
+        for prompt in prompts
+    )
+    said = ("Each token is the most likely one; the first words are the same for all.",)
+    table = Table("Generations", ("format", "runtime", "the same from the first on", "tokens"), rows)
+    return Section("generations", "Generations", said, tables=(table,), beside=beside)
 
 
 def goal(report: Report, figures: Figures) -> Section | None:

@@ -38,6 +38,7 @@ def report_page(report: Report, *, title: str, load: Sequence[str] = ()) -> str:
         outcome.quality(report, figures),
         loading(load),
         outcome.tried(report, figures),
+        outcome.generations(report, figures),
         weights.sizes(report, figures),
         outcome.goal(report, figures),
         weights.linears(report, figures),

@@ -28,6 +28,7 @@ from bitwright.report import (
     StoredParts,
     TextReport,
     Validation,
+    WrittenText,
 )
 from tests.reports import report
 
@@ -144,6 +145,7 @@ def full(blocks: int = 8) -> Report:
             LoadReport(
                 **{"format": "gguf", "runtime": "llama.cpp", "version": "b9999", "read": "files", "result": "loads"},
                 **{"detail": "its own words", "difference": 0.0012345, "tokens_written": 16},
+                written=WrittenText(prompt="The statement", original=" is used", result=" is not", tokens=16, same=1),
             ),
         ),
         size=SizeReport(

@@ -163,9 +163,15 @@ def test_ids_are_unique_and_every_label_is_there() -> None:
     assert len(ids) == len(set(ids))
     assert set(shown.attributes("aria-labelledby")) <= set(ids)
     assert ids == [
-        *("warnings", "quality", "load", "loads", "size", "goal", "linears", "blocks"),
+        *("warnings", "quality", "load", "loads", "generations", "size", "goal", "linears", "blocks"),
         *("scales", "training", "merge", "time", "settings"),
     ]
+
+
+def test_generations_stand_side_by_side() -> None:
+    told = "".join(page(full()).words)
+    assert told.index("The statement is used") < told.index("The statement is not")
+    assert "/loads/0/written/same" in page(full()).attributes("data-at")
 
 
 def test_it_is_made_the_same_every_time() -> None:
