@@ -10,6 +10,7 @@ from app.api.auth import Reader, Submitter
 from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, LooksOf, MetricsOf, SettingsOf
 from app.api.http.documentation import problems, text_header
 from app.api.representations import job_view
+from app.api.submission.alternatives import near_by
 from app.api.submission.base_jobs import find_base_job
 from app.api.submission.capacity import capacity_warnings, require_capacity
 from app.api.submission.job_examples import REQUEST_BODY
@@ -112,12 +113,14 @@ def create_job(
         require_capacity(preflight.request, preflight.estimates, alive)
         if dry_run:
             preflight.warnings += capacity_warnings(preflight.request, preflight.estimates, alive)
+            others = near_by(session, principal.tenant_id, preflight)
     if dry_run:
         view = PreflightView(
             request=preflight.request,
             estimates=preflight.estimates,
             warnings=preflight.warnings,
             not_checked=preflight.not_checked,
+            alternatives=others,
         )
         return Response(view.model_dump_json(), media_type="application/json")
     with database.transaction() as session:

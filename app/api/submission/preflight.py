@@ -61,6 +61,7 @@ class Preflight:
     """The request as it will be stored, and what was found out about it.
 
     not_checked   "hub" where the model is there and nobody has looked at it
+    inspection    what was seen of the model; None: nothing
     """
 
     request: JobRequest
@@ -68,6 +69,7 @@ class Preflight:
     warnings: list[str] = field(default_factory=list)
     problems: list[FieldProblem] = field(default_factory=list)
     not_checked: Literal["hub"] | None = None
+    inspection: Inspection | None = None
 
     def add(self, error: BitwrightError, path: str) -> None:
         """Note an error about the field at `path`."""
@@ -104,6 +106,7 @@ def run_preflight(
         preflight.warnings += warnings_of(preflight.request, inspection)
         # Patterns and sizes that do not fit leave nothing to estimate.
         preflight.estimates = {} if preflight.problems else estimate(preflight.request, inspection)
+        preflight.inspection = inspection
     elif request.quantization.asks_for_weights_alone():
         preflight.problems += without_model_problems(request)
     starved = starved_calibration(preflight.request)
