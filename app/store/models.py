@@ -93,8 +93,8 @@ class PageSession(Base):
     digest: Mapped[str] = mapped_column(Sha256, primary_key=True)
     key_id: Mapped[str] = mapped_column(Id, ForeignKey("api_key.id", ondelete="CASCADE"), index=True)
     tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), index=True)
-    created_at: Mapped[datetime] = mapped_column(default=now())
     expires_at: Mapped[datetime] = mapped_column(index=True)
+    created_at: Mapped[datetime] = mapped_column(default=now())
 
 
 class Job(Base):
