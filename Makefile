@@ -8,6 +8,8 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 PIP_ARGS ?=
 LLAMA_CPP ?= .cache/llama.cpp
+AXE ?= .cache/axe-core
+CHROMIUM ?= /usr/bin/chromium
 BIN := $(VENV)/bin
 
 MODEL ?=
@@ -25,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm test-architectures test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
+.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm test-browser test-architectures test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -40,7 +42,7 @@ test: $(VENV)/.test ## Run the tests, real PostgreSQL and Valkey included (ARGS 
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu and not vllm' $(ARGS)
 
 test-slow: $(VENV)/.test ## Run the tests that take long: many kills, whole services, several processes of torch
-	$(BIN)/python -m pytest -m 'slow and not gpu and not vllm' $(ARGS)
+	$(BIN)/python -m pytest -m 'slow and not gpu and not vllm and not browser' $(ARGS)
 
 test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -50,6 +52,9 @@ test-llama-cpp: $(VENV)/.test $(LLAMA_CPP)/.installed ## Hold GGUF files against
 
 test-vllm: $(VENV)/.test $(VLLM_VENV)/.vllm ## Load checkpoints in a real vLLM on the CPU (an environment of its own, 3 GB; Linux, x86-64)
 	BITWRIGHT_TEST_VLLM='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest -m vllm $(ARGS)
+
+test-browser: $(VENV)/.browser $(AXE)/.installed ## Use the dashboard in a real Chromium (Debian: apt install chromium; axe from npm)
+	BITWRIGHT_TEST_CHROMIUM='$(CHROMIUM)' BITWRIGHT_TEST_AXE='$(abspath $(AXE))/node_modules/axe-core/axe.min.js' $(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 test-architectures: $(VENV)/.test ## Prove every model type on tiny checkpoints, and write the list of those that are accepted
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/engine/architectures $(ARGS)
@@ -106,6 +111,10 @@ clean: ## Remove the virtual environment and caches
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Bitwright needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+$(AXE)/.installed:
+	npm install --ignore-scripts --no-audit --no-fund --prefix $(AXE) axe-core@4.14.1
+	touch $@
 
 $(LLAMA_CPP)/.installed:
 	npm install --ignore-scripts --no-audit --no-fund --prefix $(LLAMA_CPP) node-llama-cpp@3.22.1

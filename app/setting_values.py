@@ -235,6 +235,14 @@ def bind_host(value: str) -> str:
     return value
 
 
+def hosts(value: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of hosts without scheme or port, in lower case; `*` stands for all."""
+    for name in value:
+        if name != "*" and not is_host(name):
+            raise ValueError(f"{name!r} is no host's name; give names alone, e.g. quantize.example.org, or *")
+    return tuple(name.lower() for name in value)
+
+
 def process_name(value: str) -> str:
     """A word that may stand in ids and log lines."""
     if not NAME.fullmatch(value):

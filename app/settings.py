@@ -208,6 +208,16 @@ class Settings(BaseSettings):
         default="127.0.0.1", description="Address that the API binds."
     )
     port: int = Field(default=8080, ge=0, le=65_535, description="Port that the API binds.")
+    dashboard: bool = Field(
+        default=True, description="Whether `/` and below are pages for people; false: the API alone, and its own pages."
+    )
+    page_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_words), AfterValidator(values.hosts)] = (
+        Field(
+            default=(),
+            description="Names, divided by commas, under which browsers may open pages, besides addresses, localhost "
+            "and the machine's own name; * allows every one.",
+        )
+    )
     max_body_bytes: int = Field(default=MIB, ge=KIB, le=GIB, description="Largest JSON body.")
     max_upload_bytes: int = Field(
         default=200 * GIB, ge=KIB, le=PIB, description="Largest upload, all its files together."
@@ -394,6 +404,7 @@ WAYS: Mapping[str, str] = MappingProxyType(
     {
         "hub_enabled": "give true or false",
         "hub_preflight": "give true or false",
+        "dashboard": "give true or false",
         "devices": "give `all`, or a number from 1 to 64",
         "tenant_quotas": 'give a JSON object of whole numbers, e.g. {"queued_jobs": 100, "posts_per_minute": 60}',
         "metrics_by_tenant": "give true or false",

@@ -3,7 +3,8 @@
     python -m benchmarks.artifact_hashes OUT.json
 
 Runs one job per row of `JOBS`, and one for each method and format that no row names, in this process on the CPU with
-one thread. report.json is left out (it has times); of a model card only its section "Load" is compared.
+one thread. report.json and report.html are left out (they have times); of a model card only its
+section "Load" is compared.
 """
 
 import hashlib
@@ -81,7 +82,7 @@ def files(folder: Path) -> Iterator[tuple[str, str]]:
     """Path and hash of each file of a checkpoint."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name == "report.json":
+        if not path.is_file() or name in ("report.json", "report.html"):
             continue
         data = path.read_bytes()
         if name == "README.md":

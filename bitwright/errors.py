@@ -138,6 +138,16 @@ class MissingScope(RequestError):
     way_out = "Use a key with the scope that `detail` names (read, submit, admin)."
 
 
+class ForeignPage(RequestError):
+    code, title, status = "foreign_page", "The request comes from a page of another site", 403
+    way_out = "Load the page anew and send it from there; a proxy must pass `Host` on as the browser sent it."
+
+
+class UnknownHost(RequestError):
+    code, title, status = "unknown_host", "The service is not known under this name", 421
+    way_out = "Open the service by its address, or put the name into `BITWRIGHT_PAGE_HOSTS`."
+
+
 class NotFound(RequestError):
     code, title, status = "not_found", "Not found", 404
     way_out = "Check the id; another tenant's ids look the same as ids that do not exist."

@@ -342,6 +342,16 @@ class BaseJobReport(ReportPart):
     )
 
 
+class WrittenText(ReportPart):
+    """Texts that the original and a result wrote after the same words, each token the most likely one."""
+
+    prompt: str
+    original: str
+    result: str
+    tokens: int = Field(description="Of each of the two texts.")
+    same: int = Field(description="Tokens from the first on that are the same in both.")
+
+
 class LoadReport(ReportPart):
     """A try to read a checkpoint of the job in a runtime, in a process of its own without a network."""
 
@@ -359,6 +369,9 @@ class LoadReport(ReportPart):
         default=None, description="Of its logits from the engine's, root mean square, in standard deviations."
     )
     tokens_written: int | None = None
+    written: WrittenText | None = Field(
+        default=None, description="What they say, beside the original's; null: none were written, or none to compare."
+    )
     seconds: float = 0.0
 
 

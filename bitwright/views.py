@@ -291,6 +291,29 @@ class WorkerView(View):
     )
 
 
+class FigureView(View):
+    """A figure of a result that is not there yet, or of one like it."""
+
+    name: str = Field(examples=["bytes", "seconds", "kl"])
+    value: float
+    basis: Literal["estimated", "measured"] = Field(
+        description="estimated: from shapes, right within a factor of about two. measured: of the latest job of yours "
+        "with this model and quantization."
+    )
+    device: str | None = Field(default=None, description="What it was measured on, or is estimated for.")
+    job_id: str | None = Field(default=None, description="The job that was measured.")
+
+
+class AlternativeRecord(View, Generic[RequestT]):
+    """A request that differs a little from the one that was checked."""
+
+    why: Literal["smaller", "quicker", "nearer"] = Field(description="What it is better in.")
+    changes: dict[str, Any] = Field(description="Fields of `quantization` that differ.")
+    figures: list[FigureView] = Field(description="Its figures; `asked_for` has those of the request itself.")
+    asked_for: list[FigureView] = Field(description="The same figures of the request that was checked.")
+    request: RequestT = Field(description="The whole request, to be sent as it is.")
+
+
 class PreflightRecord(View, Generic[RequestT]):
     """Answer to `POST /v1/jobs?dry_run=true`."""
 
@@ -303,6 +326,10 @@ class PreflightRecord(View, Generic[RequestT]):
     cost: dict[str, Money] = Field(
         default_factory=dict,
         description="For the estimated seconds, by class of device (`cpu`, `cuda`); empty: no price or no estimate.",
+    )
+    alternatives: list[AlternativeRecord[RequestT]] = Field(
+        default_factory=list,
+        description="Up to three requests: a smaller, a quicker and a nearer one, where the figures say that they are.",
     )
 
 

@@ -27,6 +27,7 @@ FILES = MappingProxyType(
         "docs/guides/finetune.md": "Adapters, merges, training that starts from a base job",
         "docs/guides/load.md": "transformers, peft, vLLM, llama.cpp",
         "docs/guides/verify.md": "Runtimes that try the result before and after it is made",
+        "docs/guides/dashboard.md": "Pages for people, and the report as a file",
         "docs/guides/http.md": "The API with curl",
         "docs/guides/python.md": "The client",
         "docs/guides/ci.md": "Exit codes, requirements, repeated requests",

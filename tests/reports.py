@@ -9,6 +9,8 @@ QUALITY = Quality(
     kl_divergence=0.1,
     top1_agreement=0.9,
 )
+REPORTS = ("report.html", "report.json")
+"""Files of every checkpoint that hold the job's report."""
 BARE = Report(
     version="0",
     method="rtn",

@@ -87,6 +87,25 @@ def test_every_child_starts_without_the_callers_folder_on_its_path() -> None:
     assert [str(path) for path, text in sources.items() if 'sys.executable, "-m"' in text] == []
 
 
+@pytest.mark.slow
+def test_the_services_wheel_holds_every_file_of_its_packages(tmp_path: Path) -> None:
+    """Templates, scripts and tables too, which no import would miss here."""
+    tracked = subprocess.run(["git", "ls-files", "app"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    source = tmp_path / "source"
+    for name in ("app", "workers", "migrations"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert set(tracked.split()) <= set(archive.namelist())
+
+
 @pytest.fixture
 def shadowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of somebody whose project has packages with our names."""

@@ -25,6 +25,7 @@ from app.store.blobs import BlobStore, open_blobs
 from app.store.endings import requeue_lost
 from app.store.garbage import ROWS_A_TRANSACTION, collect_blobs, remove_expired_keys, remove_old_jobs
 from app.store.ids import new_id
+from app.store.page_sessions import remove_expired_sessions
 from app.store.session import Database
 from app.store.uploads import remove_expired_uploads
 from app.store.workers import forget_workers, list_workers, live_classes, sweep_lease, waiting
@@ -93,6 +94,7 @@ class Sweep:
         """
         with self._database.transaction() as session:
             more = remove_expired_keys(session) == ROWS_A_TRANSACTION
+            remove_expired_sessions(session)
             uploads = remove_expired_uploads(session)
             forget_workers(session, unseen_seconds=UNSEEN_SECONDS)
         days = self._settings.job_retention_days

@@ -4,7 +4,7 @@ Coroutines, because a plain function would take a thread for each of them, of wh
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
@@ -12,7 +12,8 @@ from pydantic import SecretStr
 
 from app.api.event_feed import EventFeed
 from app.api.metrics import Metrics
-from app.api.submission.hub_child import HubChild
+from app.api.pages.log_ins import LogIns
+from app.api.submission.hub_child import HubChild, Looks
 from app.api.submission.kept import Kept
 from app.api.tenancy.later import WrittenLater
 from app.inspection.inspector import Inspector
@@ -71,6 +72,10 @@ async def _queue(state: Annotated["State", Depends(get_state)]) -> Kept[Mapping[
     return state.queue
 
 
+async def _log_ins(state: Annotated["State", Depends(get_state)]) -> LogIns:
+    return state.log_ins
+
+
 @dataclass(frozen=True)
 class State:
     """Everything that requests share."""
@@ -87,6 +92,7 @@ class State:
     """Places of the queued jobs, by their ids."""
     hub: HubChild | None = None
     """None where models on the Hub are the workers' business alone."""
+    log_ins: LogIns = field(default_factory=LogIns)
 
 
 StateOf = Annotated[State, Depends(get_state)]
@@ -94,9 +100,11 @@ SettingsOf = Annotated[Settings, Depends(_settings)]
 DatabaseOf = Annotated[Database, Depends(_database)]
 BlobsOf = Annotated[BlobStore, Depends(_blobs)]
 FeedOf = Annotated[EventFeed, Depends(_feed)]
+LooksOf = Annotated[Looks | None, Depends(_hub)]
 HubOf = Annotated[HubChild | None, Depends(_hub)]
 InspectorOf = Annotated[Inspector, Depends(_inspector)]
 QueueOf = Annotated[Kept[Mapping[str, Place]], Depends(_queue)]
+LogInsOf = Annotated[LogIns, Depends(_log_ins)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
 LaterOf = Annotated[WrittenLater, Depends(_later)]
 VaultOf = Annotated[Vault, Depends(_vault)]

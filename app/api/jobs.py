@@ -12,10 +12,10 @@ from app.api.auth import Reader, Submitter
 from app.api.deps import (
     BlobsOf,
     DatabaseOf,
-    HubOf,
     HubTokenHeader,
     IdempotencyHeader,
     InspectorOf,
+    LooksOf,
     MetricsOf,
     QueueOf,
     SettingsOf,
@@ -23,6 +23,7 @@ from app.api.deps import (
 )
 from app.api.http.documentation import problems, text_header
 from app.api.representations import job_view
+from app.api.submission.alternatives import near_by
 from app.api.submission.base_jobs import find_base_job
 from app.api.submission.capacity import capacity_warnings, require_capacity
 from app.api.submission.job_examples import REQUEST_BODY
@@ -115,7 +116,7 @@ def create_job(
     database: DatabaseOf,
     blobs: BlobsOf,
     metrics: MetricsOf,
-    hub: HubOf,
+    hub: LooksOf,
     queue: QueueOf,
     inspector: InspectorOf,
     vault: VaultOf,
@@ -161,13 +162,19 @@ def create_job(
         require_capacity(preflight.request, preflight.estimates, alive)
         if dry_run:
             preflight.warnings += capacity_warnings(preflight.request, preflight.estimates, alive)
+            others = near_by(session, principal.tenant_id, preflight)
     if dry_run:
         view = PreflightView(
             request=preflight.request,
             estimates=preflight.estimates,
             warnings=preflight.warnings,
             not_checked=preflight.not_checked,
-            cost=estimated_cost(preflight.estimates, settings),
+    hub: LooksOf,
+    queue: QueueOf,
+    inspector: InspectorOf,
+    vault: VaultOf,
+    http: Request,
+    hub_token: HubTokenHeader = None,
         )
         return Response(view.model_dump_json(), media_type="application/json")
     with database.transaction() as session:

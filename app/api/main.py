@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 
-from app.api import architectures, artifacts, events, formats, health, jobs, methods, pages, uploads, workers
+from app.api import architectures, artifacts, events, formats, health, jobs, methods, uploads, workers
 from app.api.admin import audit, keys, tenants, usage
 from app.api.deps import State
 from app.api.event_feed import POLL_LIMIT, EventFeed
@@ -18,6 +18,8 @@ from app.api.http.errors import install_error_handlers
 from app.api.http.middleware import BodyLimit, RequestContext
 from app.api.http.strictness import refuse_unread
 from app.api.metrics import Metrics
+from app.api.pages import catalogue, compare, documentation, entrance, job, submit
+from app.api.pages import jobs as job_list
 from app.api.submission import exports
 from app.api.submission.hub_child import HubChild
 from app.api.submission.kept import Kept
@@ -34,11 +36,13 @@ from app.store.keys import good_keys
 from app.store.session import REQUESTS, Database
 from app.store.waiting import Place, places
 
-MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health, pages)
+MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health)
 QUEUE_SECONDS = 1.0
 """Places of queued jobs are so old at the most; of what this process itself has queued or cancelled, new."""
 ADMIN_MODULES = (tenants, keys, usage, audit)
 ROUTERS = tuple(module.router for module in (*MODULES, *ADMIN_MODULES))
+PAGES = tuple(module.router for module in (entrance, job_list, job, submit, compare, catalogue))
+"""Routers of the dashboard."""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -55,13 +59,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("bitwright"),
         openapi_tags=TAGS,
         dependencies=[Depends(refuse_unread)],
-        docs_url=None,  # `app.api.pages` has both, without scripts from elsewhere
+        docs_url=None,  # `app.api.pages.documentation` has both, without scripts from elsewhere
         redoc_url=None,
         lifespan=_lifespan,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.state.bitwright = state
-    for router in ROUTERS:
+    pages = (job_list.front, entrance.assets, *PAGES) if settings.dashboard else ()
+    for router in (*ROUTERS, *pages, documentation.router):
         app.include_router(router)
     install_error_handlers(app)
     # The one added last is outermost.

@@ -6,7 +6,7 @@ Leases and back-off compare times of many machines, so those times come from the
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import DateTime, Dialect, Float, bindparam
+from sqlalchemy import DateTime, Dialect, Float, SQLColumnExpression, bindparam
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import FunctionElement
@@ -21,6 +21,11 @@ def now() -> "Now":
 def seconds_from_now(seconds: float) -> "Later":
     """SQL: the time `seconds` after the start of the statement; before it if negative."""
     return Later(bindparam(None, seconds, type_=Float()))
+
+
+def seconds_between(start: SQLColumnExpression[Any], end: SQLColumnExpression[Any]) -> "Between":
+    """SQL: the seconds from one time to another."""
+    return Between(start, end)
 
 
 class Instant(TypeDecorator[datetime]):
@@ -59,6 +64,13 @@ class Later(FunctionElement[datetime]):
     inherit_cache = True
 
 
+class Between(FunctionElement[float]):
+    """See `seconds_between`."""
+
+    type = Float()
+    inherit_cache = True
+
+
 @compiles(Now, "postgresql")
 def _now_postgresql(element: Now, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ARG001
     return "statement_timestamp()"
@@ -78,3 +90,15 @@ def _later_postgresql(element: Later, compiler: SQLCompiler, **options: Any) -> 
 def _later_sqlite(element: Later, compiler: SQLCompiler, **options: Any) -> str:
     seconds = compiler.process(element.clauses, **options)
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
+
+
+@compiles(Between, "postgresql")
+def _between_postgresql(element: Between, compiler: SQLCompiler, **options: Any) -> str:
+    start, end = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"extract(epoch from ({end} - {start}))"
+
+
+@compiles(Between, "sqlite")
+def _between_sqlite(element: Between, compiler: SQLCompiler, **options: Any) -> str:
+    start, end = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"((julianday({end}) - julianday({start})) * 86400.0)"

@@ -1,6 +1,6 @@
 """Reading of jobs' events. Within a job, events become visible in the order of their numbers, without gaps."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -47,6 +47,12 @@ class EventRepository:
         if self._session.scalars(select(Job.id).where(*where_job)).one_or_none() is None:
             raise NotFound(f"there is no job {job_id}", value=job_id)
         return events_after(self._session, {job_id: after}, min(max(limit, 1), MAX_PAGE))
+
+    def latest_of(self, job_id: str, types: Collection[str], limit: int) -> list[StoredEvent]:
+        """The latest `limit` events of these types, in order; of a job that the tenant has, else none."""
+        ours = (Event.job_id == job_id, Event.tenant_id == self._tenant_id, Event.data["type"].as_string().in_(types))
+        query = select(Event).where(*ours).order_by(Event.sequence.desc()).limit(min(max(limit, 1), MAX_PAGE))
+        return [_stored(row) for row in reversed(self._session.scalars(query).all())]
 
 
 def events_after(session: Session, cursors: Mapping[str, int], limit: int) -> list[StoredEvent]:

@@ -88,7 +88,9 @@ class JobRepository:
         return self._one(job_id, select(Job))
 
     def page(self, *, after: str | None, limit: int, filters: JobFilters | None = None) -> Page[Job]:
-        """Up to `limit` jobs, newest first, that match every filter; `after` is a page's `next_cursor`.
+        """Up to `limit` jobs, newest first, that match every filter, without their reports.
+
+        after   a page's `next_cursor`
 
         Raises:
             InvalidRequest: `after` is no cursor.

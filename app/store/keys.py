@@ -7,8 +7,9 @@ import string
 import zlib
 from collections.abc import Mapping, Sequence, Set
 from difflib import get_close_matches
+from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import Row, Select, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.domain.access import Principal, Scope
@@ -110,21 +111,31 @@ def authenticate(session: Session, plaintext: str) -> Principal:
     shape = KEY_SHAPE.fullmatch(plaintext)
     if shape is None or _checksum(shape[1]) != shape[2]:
         raise Unauthenticated("the API key is malformed; a key is bw_ and 38 letters and digits")
-    expired = func.coalesce(ApiKey.expires_at <= now(), False)
-    query = (
-        select(
-            ApiKey.id, ApiKey.tenant_id, ApiKey.scopes, ApiKey.revoked_at, expired, Tenant.suspended_at, Tenant.quotas
-        )
-        .join(Tenant, Tenant.id == ApiKey.tenant_id)
-        .where(ApiKey.digest == _digest(plaintext))
-    )
-    row = session.execute(query).one_or_none()
+    row = session.execute(_stored().where(ApiKey.digest == _digest(plaintext))).one_or_none()
     if row is None or row.revoked_at is not None:
         raise Unauthenticated("the API key is unknown or revoked")
-    if row[4]:
+    if row.expired:
         raise Unauthenticated("the API key has expired", hint="rotate it in time, or ask the operator for a new one")
     if row.suspended_at is not None:
         raise Unauthenticated("the key's tenant is suspended", hint="ask the operator of this service")
+    return _principal(row)
+
+
+def principal_of(session: Session, key_id: str) -> Principal | None:
+    """The principal that a stored key stands for now; None if it stands for nobody any more."""
+    row = session.execute(_stored().where(ApiKey.id == key_id)).one_or_none()
+    good = row is not None and row.revoked_at is None and not row.expired and row.suspended_at is None
+    return _principal(row) if good and row is not None else None
+
+
+def _stored() -> Select[Any]:
+    """Keys with what decides whether they are good."""
+    expired = func.coalesce(ApiKey.expires_at <= now(), False).label("expired")
+    columns = (ApiKey.id, ApiKey.tenant_id, ApiKey.scopes, ApiKey.revoked_at, expired)
+    return select(*columns, Tenant.suspended_at, Tenant.quotas).join(Tenant, Tenant.id == ApiKey.tenant_id)
+
+
+def _principal(row: Row[Any]) -> Principal:
     return Principal(
         tenant_id=row.tenant_id,
         key_id=row.id,

@@ -103,6 +103,21 @@ class ApiKey(Base):
     """The key that it was rotated from."""
 
 
+class PageSession(Base):
+    """A browser that has shown a key: it may open pages as that key's owner until a time, or the key's end.
+
+    The cookie's text is known only by its sha256.
+    """
+
+    __tablename__ = "page_session"
+
+    digest: Mapped[str] = mapped_column(Sha256, primary_key=True)
+    key_id: Mapped[str] = mapped_column(Id, ForeignKey("api_key.id", ondelete="CASCADE"), index=True)
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), index=True)
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+    created_at: Mapped[datetime] = mapped_column(default=now())
+
+
 class Job(Base):
     """A job's present state. Its history is in `Event`, its runs are in `Attempt`."""
 

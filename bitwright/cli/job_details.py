@@ -8,7 +8,7 @@ from rich.text import Text
 from bitwright.cli.render import adapter_text, format_bytes, format_seconds, pairs, scheme_text
 from bitwright.delivery import delivery
 from bitwright.report import Report
-from bitwright.views import ArtifactView, JobView, PreflightView
+from bitwright.views import ArtifactView, FigureView, JobView, PreflightView
 
 
 def training_table(report: Report) -> Table | None:
@@ -85,7 +85,20 @@ def preflight_table(view: PreflightView) -> Table:
         table.add_row("not checked", Text(f"the model on the {view.not_checked}", style="yellow"))
     for warning in view.warnings:
         table.add_row("warning", Text(warning, style="yellow"))
+    for other in view.alternatives:
+        changes = ", ".join(f"{name}={value}" for name, value in other.changes.items())
+        table.add_row(other.why, f"{changes}: {figures_text(other.figures)}")
     return table
+
+
+def figures_text(figures: Iterable[FigureView]) -> str:
+    """ "62 MB, 40.0 s on cpu, KL 0.031 (measured)"."""
+    said = []
+    for figure in figures:
+        where = f" on {figure.device}" if figure.device and figure.name == "seconds" else ""
+        amount = f"KL {figure.value:.3g}" if figure.name == "kl" else _estimate_text(figure.name, figure.value)
+        said.append(f"{amount}{where}")
+    return f"{', '.join(said)} ({', '.join(dict.fromkeys(figure.basis for figure in figures))})"
 
 
 def _estimate_text(name: str, value: object) -> str:

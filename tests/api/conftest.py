@@ -22,6 +22,7 @@ from bitwright.job_states import DeviceClass
 from tests.reports import report
 
 SHORTHAND = {"model": "org/model", "method": "rtn", "bits": 4}
+BROWSER = {"Accept": "text/html", "Origin": "http://testserver"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,13 @@ class Api:
     """Looks after all tenants; its own is a third one."""
     admin_key: str
     stranger_id: str
+
+    def visitor(self, key: str | None = None) -> TestClient:
+        """A browser that has logged in, with the submitter's key unless another is given."""
+        browser = TestClient(self.client.app, headers=BROWSER, raise_server_exceptions=False)
+        answer = browser.post("/login", data={"key": key or self.key}, follow_redirects=False)
+        assert answer.status_code == 303, answer.text
+        return browser
 
     def submit(self, **fields: object) -> str:
         """Queue a job; its id."""
@@ -123,6 +131,7 @@ def make_settings(folder: Path, database_url: str, **fields: object) -> Settings
     roots = (folder / "models",)
     roots[0].mkdir(exist_ok=True)
     values = {"data_dir": folder, "database_url": database_url, "model_roots": roots, "event_poll_seconds": 0.02}
+    values |= {"page_hosts": ("testserver",)}
     return Settings.model_validate({**values, **fields})
 
 

@@ -1,15 +1,13 @@
 """Lists, `show` and dry runs: tables on a terminal, lines or JSON in a pipe, and the same figures in both."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 
 from bitwright.report import AdapterReport, FinetuningReport, LossPoint, TextReport
 from tests.api.checkpoints import write_checkpoint
-from tests.bitwright.service import Service, running_service
+from tests.bitwright.service import Service
 from tests.cli.processes import command
 from tests.cli.terminal import on_terminal
 from tests.reports import QUALITY, report
@@ -46,17 +44,6 @@ FINETUNING = FinetuningReport(
 ADAPTER = AdapterReport(
     kind="lora", rank=8, inner_ranks=(8, 8), parameters=4096, flops_per_token=8192, bits_per_weight=0.5
 )
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The API runs in this process, as do most commands: it logs to a file, so that their output is their own."""
-    folder, before = tmp_path_factory.mktemp("service"), structlog.get_config()
-    with (folder / "api.log").open("w") as log, running_service(folder) as running:
-        structlog.reset_defaults()
-        structlog.configure(logger_factory=structlog.PrintLoggerFactory(log))
-        yield running
-    structlog.configure(**before)
 
 
 @pytest.fixture(scope="module")

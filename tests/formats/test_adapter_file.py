@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from app.domain.adapters import AdapterSpec, BayesianLoRASpec, LoRASpec, QABLoRASpec, QAHiRASpec, QALoRASpec, QBaRASpec
 from app.domain.methods import Scheme
 from tests.formats.examples import REPORT, random_result
+from tests.reports import REPORTS
 from workers.adapters.attaching import Attach, stored
 from workers.adapters.bayesian import BayesianLoRA
 from workers.adapters.grouped import GroupedAdapter
@@ -97,7 +98,7 @@ def test_the_header_says_what_the_tensors_mean(tmp_path: Path) -> None:
     linear = told["linears"]["layer.up"]
     assert (linear["form"], linear["pool_in"], linear["repeat_out"], linear["scale"]) == ("single", 16, 4, 8.0)
     files = describe_adapter(tmp_path, "qa-hira", REPORT)
-    assert [file.name for file in files] == ["README.md", "adapter.safetensors", "load_adapter.py", "report.json"]
+    assert [file.name for file in files] == ["README.md", "adapter.safetensors", "load_adapter.py", *REPORTS]
 
 
 def test_an_adapter_without_ranks_has_no_tensors(tmp_path: Path) -> None:

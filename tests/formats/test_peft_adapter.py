@@ -29,6 +29,7 @@ from tests.formats.examples import (
     write_quantized,
     write_with,
 )
+from tests.reports import REPORTS
 from workers.formats import peft
 from workers.formats.checkpoint import CheckpointWriter
 from workers.formats.peft import targets
@@ -143,7 +144,7 @@ def test_targets_are_full_names_only_where_last_names_would_hit_others() -> None
 def test_the_licence_comes_along_and_weights_do_not(tmp_path: Path, source: Source) -> None:
     write_both(source, tmp_path, SAME)
     assert {file.name for file in (tmp_path / "peft").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "report.json", "README.md", "LICENSE")
+        *("adapter_config.json", "adapter_model.safetensors", *REPORTS, "README.md", "LICENSE")
     }
 
 

@@ -14,6 +14,7 @@ from app.domain.formats import ExportFormat
 from bitwright.errors import FormatCannotHold, InternalError
 from bitwright.report import Report
 from tests.formats.examples import REPORT, Source, random_result, scheme, tiny_llama, write_quantized
+from tests.reports import REPORTS
 from workers.formats.registry import open_writer
 from workers.numerics.quantized import LinearResult
 
@@ -97,7 +98,7 @@ def test_the_files_that_belong_to_a_model_come_along_and_code_does_not(tmp_path:
     write_quantized(source, tmp_path / "out", CT, [W4])
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {
-        *("model.safetensors", "config.json", "generation_config.json", "report.json", "README.md", "LICENSE"),
+        *("model.safetensors", "config.json", "generation_config.json", *REPORTS, "README.md", "LICENSE"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     assert Report.model_validate_json((tmp_path / "out" / "report.json").read_text()) == REPORT

@@ -3,7 +3,7 @@
     adapter.safetensors    tensors and, in its metadata, their meaning (see `workers.formats.load_adapter`) and the id
                            of the model that was quantized, if it is on the Hub
     load_adapter.py        puts it beside a model's linears, or into their weights
-    report.json            the job's report
+    report.json            the job's report, and report.html the same for people
 
 Every job that trains an adapter keeps one. Stock peft has no type for pooled adapters or integer factors; for the kinds
 that it has, the `peft` checkpoint is the same adapter. The base is the `native` checkpoint of the same job, or another
@@ -24,12 +24,11 @@ from bitwright.report import Report
 from workers.formats.cards.front_matter import front_matter
 from workers.formats.cards.identity import Contents, Identity, title
 from workers.formats.cards.loading import BASE, FOLDER, WITH_ADAPTER_FILE
-from workers.formats.cards.model_card import header, provenance
+from workers.formats.cards.model_card import header, provenance, write_report
 from workers.formats.cards.sections import code, quality, training
 from workers.formats.cards.source_card import SourceCard, read_source_card
 from workers.formats.load_adapter import FILE, FORMAT, PARTS, VERSION
 from workers.formats.native import NATIVE_BASE
-from workers.formats.shards import write_json
 from workers.formats.source_files import LICENCES, copy_files, licence_file
 
 LOADER = Path(__file__).with_name("load_adapter.py")
@@ -77,7 +76,8 @@ def describe_adapter(folder: Path, kind: str, report: Report, source: Path | Non
         _name_base(folder / FILE, identity.model_id)
     if source is not None:
         copy_files(source, folder, LICENCES)
-    write_json(folder / "report.json", report.model_dump(mode="json"))
+    base_job = None if report.base_job is None else report.base_job.job_id
+    write_report(folder, report, title(identity, Contents.ADAPTER), adapter_lines(identity.folded, base_job))
     (folder / "README.md").write_text(_card(folder, report, identity, source), encoding="utf-8")
     return sorted(file for file in folder.rglob("*") if file.is_file())
 

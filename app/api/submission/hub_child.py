@@ -8,10 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
-from typing import IO
+from typing import IO, Protocol
 
 import structlog
 from pydantic import ValidationError
@@ -24,8 +27,30 @@ from app.settings import Settings
 WAITING = 16
 """Requests that may wait for a turn; the rest goes on unchecked at once, or they would hold all threads of the API."""
 ENDING_SECONDS = 2.0
+KEPT_ANSWERS = 64
+Asked = tuple[str, str, bool]
+"""Repository, revision, and whether any type of model is asked for."""
 
 log = structlog.get_logger(__name__)
+
+
+class Looks(Protocol):
+    """Anything that knows of repositories on the Hub."""
+
+    def look(self, model: HubModel, *, any_type: bool) -> Answer | None:
+        """The answer about a repository; None if there is none now."""
+        ...
+
+
+@dataclass(frozen=True)
+class KnownLooks:
+    """Answers that were given before; nobody is asked."""
+
+    answers: Mapping[Asked, Answer]
+
+    def look(self, model: HubModel, *, any_type: bool) -> Answer | None:
+        """The latest answer about a repository; None if there was none."""
+        return self.answers.get((model.id, model.revision, any_type))
 
 
 class HubChild:
@@ -40,6 +65,7 @@ class HubChild:
         self._numbers = count(1)
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: dict[int, Future[Answer]] = {}
+        self._known: OrderedDict[Asked, Answer] = OrderedDict()
 
     @property
     def pid(self) -> int | None:
@@ -56,11 +82,25 @@ class HubChild:
                 return None
             try:
                 asked = Question(number=next(self._numbers), id=model.id, revision=model.revision, any_type=any_type)
-                return self._ask(asked, deadline)
+                return self._keep(asked, self._ask(asked, deadline))
             finally:
                 self._turns.release()
         finally:
             self._places.release()
+
+    def known_only(self) -> KnownLooks:
+        """The answers of late, for whoever must not ask the Hub each time."""
+        with self._lock:
+            return KnownLooks(dict(self._known))
+
+    def _keep(self, question: Question, answer: Answer | None) -> Answer | None:
+        if answer is not None and answer.found is not None:
+            with self._lock:
+                self._known[question.id, question.revision, question.any_type] = answer
+                self._known.move_to_end((question.id, question.revision, question.any_type))
+                while len(self._known) > KEPT_ANSWERS:
+                    self._known.popitem(last=False)
+        return answer
 
     def close(self) -> None:
         """End the child."""

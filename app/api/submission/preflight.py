@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.api.submission.hub_child import HubChild
+from app.api.submission.hub_child import Looks
 from app.domain.advice import starved_calibration
 from app.domain.estimates import estimate
 from app.domain.fit import can_do_without_model, misfits, problem_of, refusal, warnings_of, without_model_problems
@@ -62,6 +62,7 @@ class Preflight:
     """The request as it will be stored, and what was found out about it.
 
     not_checked   "hub" where the model is there and nobody has looked at it
+    inspection    what was seen of the model; None: nothing
     """
 
     request: JobRequest
@@ -69,13 +70,14 @@ class Preflight:
     warnings: list[str] = field(default_factory=list)
     problems: list[FieldProblem] = field(default_factory=list)
     not_checked: Literal["hub"] | None = None
+    inspection: Inspection | None = None
 
     def add(self, error: BitwrightError, path: str) -> None:
         """Note an error about the field at `path`."""
         self.problems.append(problem_of(error, path))
 
 
-def look_at_hub(request: JobRequest, hub: HubChild | None) -> Answer | None:
+def look_at_hub(request: JobRequest, hub: Looks | None) -> Answer | None:
     """The Hub's answer about the request's model; None where that is elsewhere, the Hub is late, or not asked.
 
     It takes seconds at the worst, so no transaction may be open.
@@ -121,6 +123,7 @@ def judge_model(
         preflight.warnings += warnings_of(preflight.request, inspection)
         # Patterns and sizes that do not fit leave nothing to estimate.
         preflight.estimates = {} if preflight.problems else estimate(preflight.request, inspection)
+        preflight.inspection = inspection
     elif not looked and request.quantization.asks_for_weights_alone():
         preflight.problems += without_model_problems(request)
     starved = starved_calibration(preflight.request)

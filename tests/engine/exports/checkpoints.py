@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.reports import REPORTS
+
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
@@ -16,7 +18,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
     An importance matrix is of text that an export does not read.
     """
-    told = ("README.md", "report.json", "model.imatrix")
+    told = ("README.md", *REPORTS, "model.imatrix")
     return {
         file.name: file.read_bytes()
         for file in folder.iterdir()

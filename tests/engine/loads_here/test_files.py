@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.attempt_lines import AttemptLine
 from app.domain.formats import ExportFormat
@@ -39,6 +40,23 @@ def test_every_format_is_loaded_and_writes(small_model: Path, tmp_path: Path, re
         assert stored["loads"] == [load.model_dump() for load in result.report.loads]
         card = (tmp_path / result.checkpoints[name] / "README.md").read_text()
         assert card.count("| this checkpoint | loads |") == 1
+    written = {load.format: load.written for load in result.report.loads if load.read == "files"}
+    merged = written["merged"]
+    assert merged is not None
+    assert merged.original == greedy(small_model, merged.prompt)
+    assert merged.result == greedy(tmp_path / result.checkpoints["merged"], merged.prompt)
+    assert written["native"] == merged
+    page = (tmp_path / result.checkpoints["merged"] / "report.html").read_text()
+    assert 'id="generations"' in page
+
+
+def greedy(folder: Path, prompt: str) -> str:
+    """What a checkpoint writes after a prompt, by transformers' own generation."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    ids = tokenizer(prompt, return_tensors="pt")
+    made = model.generate(**ids, max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0)
+    return str(tokenizer.decode(made[0, ids["input_ids"].shape[1] :]))
 
 
 def test_an_adapter_is_loaded_beside_its_base(small_model: Path, tmp_path: Path, reads: dict[str, Any]) -> None:

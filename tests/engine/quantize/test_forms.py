@@ -21,6 +21,7 @@ from bitwright.report import Report
 from tests.engine.conftest import run_job
 from tests.engine.model.loading import base_of, loader, logits
 from tests.engine.quantize import residual_svd
+from tests.reports import REPORTS
 
 RANK = 4
 CODEBOOK: dict[str, Any] = {"method": "residual-svd", "bits": 3, "rank": RANK, "superblock": 16}
@@ -200,7 +201,7 @@ def test_every_checkpoint_but_native_is_the_base_alone_beside_an_adapter(
     for name in ("merged", "compressed-tensors"):
         assert "quantized base alone" in (folders[name] / "README.md").read_text()
     assert {file.name for file in folders["peft"].iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "README.md", "report.json")
+        *("adapter_config.json", "adapter_model.safetensors", "README.md", *REPORTS)
     }
     for folder in folders.values():
         assert Report.model_validate_json((folder / "report.json").read_text()) == result.report

@@ -20,6 +20,7 @@ from tests.engine.conftest import run_job
 from tests.engine.model.random_models import PECULIARITIES, SHAPE
 from tests.engine.quantize import residual_svd
 from tests.formats.examples import random_result, scheme
+from tests.reports import REPORTS
 from workers.engine.model.checkpoint import Checkpoint
 from workers.formats.gguf.read_back import TRIED
 from workers.formats.gguf.tokenizers.byte_level import pre_name
@@ -141,7 +142,7 @@ def test_numbers_and_tokenizer_are_in_the_file(small_model: Path, tmp_path: Path
     folder = tmp_path / result.checkpoints["gguf"]
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
     assert tokenizer(TEXT).input_ids == AutoTokenizer.from_pretrained(small_model)(TEXT).input_ids
-    assert {file.name for file in folder.iterdir()} == {"model.gguf", "README.md", "report.json"}
+    assert {file.name for file in folder.iterdir()} == {"model.gguf", "README.md", *REPORTS}
 
 
 def test_the_lines_of_the_card_load_the_file(small_model: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from bitwright.errors import BitwrightError
 from bitwright.events import BlockEvent, LogEvent, ProgressEvent, Stage, WarningEvent
 from tests.engine.conftest import Finished, finish, run_job
 from tests.engine.weights_only.checkpoints import SHAPES, read, write
+from tests.reports import REPORTS
 from workers.engine.weights_only import stage
 from workers.engine.weights_only.tensors import TensorPass
 from workers.formats.load_bitwright import load_weights
@@ -215,7 +216,7 @@ def hashes(folder: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name not in ("report.json", "README.md")
+        if file.is_file() and file.name not in (*REPORTS, "README.md")
     }
 
 

@@ -18,6 +18,7 @@ from workers.engine.job import Job
 from workers.engine.loads_here.checks import Check, Probe
 from workers.engine.loads_here.comparison import ROUTED
 from workers.engine.loads_here.reading import HOST_SHARE, Reading
+from workers.engine.loads_here.side_by_side import Words
 from workers.engine.quantize.activations import Activations
 from workers.engine.reporter import Reporter
 from workers.engine.shipped import Key, Replay, Shipment, TrainedAdapters, shipments_of
@@ -49,23 +50,30 @@ def read_files(
     probe: Probe,
     way_of: Callable[[ExportFormat], Way],
     parameters: int,
+    words: Words | None = None,
 ) -> tuple[LoadReport, ...]:
     """Every check's report; a warning for each that fails.
 
     output       folder of the checkpoints, by format
     parameters   of the model, which a runtime holds in 16 bits
+    words        the text of what a checkpoint writes, beside the original's
     """
     reports = list[LoadReport]()
     reporter.progress(Stage.VERIFY, 0, len(checks), "checkpoints")
     for done, check in enumerate(checks, start=1):
-        if 2 * parameters > HOST_SHARE * host_memory():
+        if too_large(parameters):
             reports.append(_too_large(check, parameters))
         else:
             way = way_of(check.format)
             base = None if way.base is None else output / way.base.value
             folder = output / check.format.value
             report = reading.read(
-                check, folder, probe, way.expected, level="files", base=base, tokens=TOKENS, looser=way.looser
+                *(check, folder, probe, way.expected),
+                level="files",
+                base=base,
+                tokens=TOKENS,
+                looser=way.looser,
+                words=words,
             )
             reports.append(report)
         reporter.progress(Stage.VERIFY, done, len(checks), "checkpoints")
@@ -106,6 +114,11 @@ class ShippedLogits:
                 logits = model.logits(activations.quantized.to(model.device))[0]
             self._made[shipment.key] = logits.float().cpu()
         return self._made[shipment.key]
+
+
+def too_large(parameters: int) -> bool:
+    """True if the machine has no memory for a model in 16 bits."""
+    return 2 * parameters > HOST_SHARE * host_memory()
 
 
 def _too_large(check: Check, parameters: int) -> LoadReport:

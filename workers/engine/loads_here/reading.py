@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from torch import Tensor
 from app.domain.runtimes import Runtime
 from app.limited.limits import Ended, Limits, last_lines
 from app.limited.process import Handle, LimitedProcess
-from bitwright.report import LoadReport
+from bitwright.report import LoadReport, WrittenText
 from workers.disk.orders import AttemptOrder
 from workers.engine.loads_here.checks import Check, Probe
 from workers.engine.loads_here.comparison import distance, read_logits
@@ -64,6 +64,7 @@ class Reading:
         base: Path | None = None,
         tokens: int = 0,
         looser: float = 1.0,
+        words: Callable[[tuple[int, ...]], WrittenText | None] | None = None,
     ) -> LoadReport:
         """Let a runtime load a checkpoint and compare its logits with those expected: fp32 (tokens, vocabulary).
 
@@ -71,6 +72,7 @@ class Reading:
         expected   None: what it computes is held against nothing
         tokens     that it writes
         looser     times so far as usual logits may be off
+        words      the text of the tokens that it wrote
         """
         started = time.perf_counter()
         self._count += 1
@@ -105,12 +107,31 @@ class Reading:
             detail=last_lines(said) or None,
             difference=verdict.difference,
             tokens_written=len(answer.written) if tokens else None,
+            written=None if words is None or answer.problem else words(answer.written),
             seconds=time.perf_counter() - started,
         )
 
-    def _answer(self, check: Check, order: ReadOrder, size: int) -> tuple[ReadAnswer, str]:
-        """The answer, an answer in place of one that never came, and the log."""
-        is_vllm = check.runtime is Runtime.VLLM
+    def written_by(self, folder: Path, probe: Probe, tokens: int) -> tuple[int, ...]:
+        """The tokens that a model writes in transformers after the probe; none where it cannot be loaded so."""
+        self._count += 1
+        place = self._folder / f"read-{self._count}"
+        place.mkdir(parents=True, exist_ok=True)
+        order = ReadOrder(
+            runtime=Runtime.TRANSFORMERS,
+            folder=str(folder),
+            ids=tuple(probe.ids[0].tolist()),
+            tokens=tokens,
+            logits=str(place / "logits"),
+            log=str(place / "log"),
+            memory_bytes=_memory(folder, None),
+        )
+        answer, _ = self._answer(None, order, _size(folder, None))
+        shutil.rmtree(place, ignore_errors=True)
+        return () if answer.problem else answer.written
+
+    def _answer(self, check: Check | None, order: ReadOrder, size: int) -> tuple[ReadAnswer, str]:
+        """The answer, an answer in place of one that never came, and the log; without a check, of the source."""
+        is_vllm = check is not None and check.runtime is Runtime.VLLM
         seconds = (SECONDS_OF_VLLM if is_vllm else SECONDS) + SECONDS_PER_GB * size / 1e9
         limits = Limits(seconds=seconds, memory_bytes=order.memory_bytes)
         log = Path(order.log)

@@ -15,8 +15,9 @@ from workers.engine.exports.stage import Finished
 from workers.engine.job import Job
 from workers.engine.loads_here import block
 from workers.engine.loads_here.checks import Check, Probe, checks_of, untried
-from workers.engine.loads_here.files import ShippedLogits, Way, read_files
+from workers.engine.loads_here.files import TOKENS, ShippedLogits, Way, read_files, too_large
 from workers.engine.loads_here.reading import Reading
+from workers.engine.loads_here.side_by_side import side_by_side
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.quantize.stage import Quantized
 from workers.engine.reporter import Reporter
@@ -79,7 +80,10 @@ class Verification:
         logits = ShippedLogits(job, trained, probe)
         parameters = sum(weight.numel() for weight in job.model.model.parameters())
         output = job.workspace / OUTPUT
-        read = read_files(self.checks, self._reading, job.reporter, output, probe, logits.way, parameters)
+        words = None
+        if not too_large(parameters):
+            words = side_by_side(self._reading, job.model.checkpoint.folder, probe, TOKENS)
+        read = read_files(self.checks, self._reading, job.reporter, output, probe, logits.way, parameters, words)
         return (*self.of_block, *read)
 
     def weights(self, checkpoint: Checkpoint, reporter: Reporter, output: Path) -> tuple[LoadReport, ...]:

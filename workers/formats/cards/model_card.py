@@ -5,7 +5,7 @@ says so, and its lines combine both.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,12 +14,15 @@ import yaml
 from app.domain.format_rules import holds_base_alone
 from app.domain.formats import ExportFormat
 from app.domain.methods import METHODS, Form, Scheme
+from app.domain.request.base_job import REPORT
+from app.report_page.page import FILE as REPORT_PAGE
+from app.report_page.page import report_page
 from bitwright.report import LinearReport, Report, ScaleReport, SizeReport
 from workers.formats.cards.front_matter import front_matter
 from workers.formats.cards.goal import goal
 from workers.formats.cards.identity import Contents, Identity, adapter_title, contents_of, title
 from workers.formats.cards.loading import AdapterBase, Lines, Loading
-from workers.formats.cards.sections import code, quality, reference_lines, source_name, training, tried
+from workers.formats.cards.sections import code, quality, source_name, training, tried
 from workers.formats.cards.source_card import SourceCard, read_source_card
 from workers.formats.format import Opening
 from workers.formats.shards import write_json
@@ -35,11 +38,10 @@ def describe(
     loading: Lines,
     outputs: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Path]:
-    """Adds report.json and README.md to a checkpoint that is complete otherwise; all files of the folder.
+    """Adds report.json, report.html and README.md to a checkpoint that is complete otherwise; all files of the folder.
 
     outputs   out_features of the linears, as far as known
     """
-    write_json(folder / "report.json", report.model_dump(mode="json"))
     card = read_source_card(opening.source.folder)
     text = model_card(
         report,
@@ -56,7 +58,20 @@ def describe(
         outputs=outputs,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+    contents = _contents(Identity.of(report), opening.name, linears, opening.formats)
+    load = loading(_loading(report, opening.name, linears, opening.formats, opening.base, outputs))
+    write_report(folder, report, title(Identity.of(report), contents), load)
     return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def write_report(folder: Path, report: Report, name: str, load: Sequence[str]) -> None:
+    """Adds the report as JSON for programs, and as a page for people.
+
+    name   the result in one line
+    load   the card's paragraphs on loading
+    """
+    write_json(folder / REPORT, report.model_dump(mode="json"))
+    (folder / REPORT_PAGE).write_text(report_page(report, title=name, load=load), encoding="utf-8")
 
 
 def stored_bytes(folder: Path, patterns: Collection[str]) -> int:
@@ -93,18 +108,15 @@ def model_card(
     """
     identity, source = Identity.of(report), source or SourceCard()
     contents = _contents(identity, export_format, linears, formats)
-    in_adapter_file = contents is Contents.BASE and not holds_base_alone(export_format, formats)
-    apart = adapter_title(identity.adapter) if in_adapter_file else None
     sections = [
         header(front_matter(identity, contents, export_format, source, licence_copied)),
         f"# {title(identity, contents)}{_bits(report, contents, export_format, linears, stored_bytes)}",
         _summary(report, contents, export_format, linears),
         "## Load",
-        *loading(Loading(linears, formats, apart, identity.model_id, base, _embeddings(report, linears), outputs)),
+        *loading(_loading(report, export_format, linears, formats, base, outputs)),
         *tried(report, export_format),
         *training(report),
         *quality(report, contents, export_format),
-        *reference_lines(report.round_to_nearest),
         *goal(report),
         "## Size",
         _size(report, contents, stored_bytes),
@@ -128,6 +140,22 @@ def _contents(
     if export_format.info.is_adapter:
         return Contents.ADAPTER
     return contents_of(identity, linears, holds_base_alone(export_format, formats))
+
+
+def _loading(
+    report: Report,
+    export_format: ExportFormat,
+    linears: Mapping[str, StoredLinear],
+    formats: Collection[ExportFormat],
+    base: Callable[[Mapping[str, Scheme]], AdapterBase] | None,
+    outputs: Mapping[str, int],
+) -> Loading:
+    """Facts from which the format's section "Load" is made."""
+    identity = Identity.of(report)
+    contents = _contents(identity, export_format, linears, formats)
+    in_adapter_file = contents is Contents.BASE and not holds_base_alone(export_format, formats)
+    apart = adapter_title(identity.adapter) if in_adapter_file else None
+    return Loading(linears, formats, apart, identity.model_id, base, _embeddings(report, linears), outputs)
 
 
 def _embeddings(report: Report, linears: Mapping[str, StoredLinear]) -> str | None:
@@ -260,7 +288,7 @@ def provenance(report: Report, licence: str | None, source: SourceCard, *, left_
         lines.append(f"- Quantized by job `{report.base_job.job_id}`, whose codes these are; this job finetuned")
     if report.scales is not None and report.scales.kept:
         lines.append(f"- {_tuned_end_to_end(report.scales)}")
-    lines.append(f"- Seed {report.seed}; everything measured is in `report.json`")
+    lines.append(f"- Seed {report.seed}; everything measured is in `{REPORT}`, and in `{REPORT_PAGE}` to look at")
     named = f" ({', '.join(source.license_name or name for name in source.license)})" if source.license else ""
     lines.append(f"- Licence: the source's{named}{f', see `{licence}`' if licence else ''}")
     lines += [f"- Warning: {' '.join(warning.split())}" for warning in report.warnings]

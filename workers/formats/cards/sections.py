@@ -50,25 +50,25 @@ def quality(report: Report, contents: Contents, export_format: ExportFormat | No
                 f"{whose} {text.tokens} tokens of {source_name(text.source)} that {apart} "
                 f"(sha256 `{text.sha256[:16]}`):",
                 "",
-                f"| | original | quantized{' and finetuned' if trained else ''} |",
-                "|---|---|---|",
-                f"| perplexity | {measured.perplexity_original:.4f} | {measured.perplexity:.4f} |",
-                f"| KL divergence, nats per token | 0 | {measured.kl_divergence:.5f} |",
-                f"| same most likely token | 100 % | {100 * measured.top1_agreement:.2f} % |",
+                *_table(measured, report.round_to_nearest, "quantized and finetuned" if trained else "quantized"),
             ]
         ),
         *([] if report.served is None else [f"The figures include {report.served}."]),
     ]
 
 
-def reference_lines(reference: Figures | None) -> list[str]:
-    """A paragraph below the table of the quality; empty without a measurement."""
-    if reference is None:
-        return []
-    return [
-        f"Round to nearest with the same scheme, on the same text: perplexity {reference.perplexity:.4f}, "
-        f"KL divergence {reference.kl_divergence:.5f}, same most likely token {100 * reference.top1_agreement:.2f} %."
-    ]
+def _table(measured: Quality, reference: Figures | None, name: str) -> Iterator[str]:
+    """The original, the result and, where it was measured, round to nearest with the same schemes on the same text."""
+    columns = [Figures.of(measured), *([] if reference is None else [reference])]
+    yield "| " + " | ".join(["", "original", name, *(["round to nearest"] if reference is not None else [])]) + " |"
+    yield "|" + "---|" * (2 + len(columns))
+    rows = {
+        f"perplexity | {measured.perplexity_original:.4f}": [f"{one.perplexity:.4f}" for one in columns],
+        "KL divergence, nats per token | 0": [f"{one.kl_divergence:.5f}" for one in columns],
+        "same most likely token | 100 %": [f"{100 * one.top1_agreement:.2f} %" for one in columns],
+    }
+    for head, figures in rows.items():
+        yield " | ".join([f"| {head}", *figures]) + " |"
 
 
 def training(report: Report) -> list[str]:
