@@ -75,24 +75,18 @@ def _descent_sizes(rows: int, columns: int, hessian: Tensor, batch: slice) -> No
     levels.fill_(1.0)
     for size, warps in ((4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4), (32, 4)):
         descent_kernels.ROWS, descent_kernels.WARPS = size, warps
-        call = lambda: descent_kernels.move_levels(levels, pull, numbers, hessian, batch, kind, changes)  # noqa: E731
-        print(json.dumps({"levels": (rows, columns), "rows": size, "warps": warps, "us": timed(call)}), flush=True)
+        spent = timed(partial(descent_kernels.move_levels, levels, pull, numbers, hessian, batch, kind, changes))
+        print(json.dumps({"levels": (rows, columns), "rows": size, "warps": warps, "us": spent}), flush=True)
     for size, warps in ((16, 4), (16, 8), (16, 16), (32, 8)):
         descent_kernels.NUMBER_ROWS, descent_kernels.NUMBER_WARPS = size, warps
-        line = {"numbers": (rows, columns), "rows": size, "warps": warps}
-        small, two = (kind.scales, kind.minimums), (blocks, blocks)
-        call = lambda s=small, t=two: descent_kernels.move_numbers(  # noqa: E731
-            kind, levels, pull, hessian, t, (numbers, numbers), panel, changes, s
-        )
-        line["of sub-blocks us"] = timed(call)
-        call = lambda t=two: descent_kernels.move_numbers(  # noqa: E731
-            kind, levels, pull, hessian, (numbers, numbers), t, panel, changes, None
-        )
-        line["of blocks us"] = timed(call)
+        line: dict[str, object] = {"numbers": (rows, columns), "rows": size, "warps": warps}
+        small, two, given = (kind.scales, kind.minimums), (numbers, numbers), (kind, levels, pull, hessian)
+        move = partial(descent_kernels.move_numbers, *given)
+        line["of sub-blocks us"] = timed(partial(move, (blocks, blocks), two, panel, changes, small))
+        line["of blocks us"] = timed(partial(move, two, (blocks, blocks), panel, changes, None))
         print(json.dumps(line), flush=True)
-    torch.manual_seed(0)
-    call = lambda: torch.addmm(pull, hessian[batch].T, changes[:128])  # noqa: E731
-    print(json.dumps({"product": (rows, columns), "us": timed(call)}), flush=True)
+    spent = timed(partial(torch.addmm, pull, hessian[batch].T, changes[:128]))
+    print(json.dumps({"product": (rows, columns), "us": spent}), flush=True)
 
 
 if __name__ == "__main__":
