@@ -401,6 +401,7 @@ MADE_DEFAULTS = MappingProxyType(
         "workspace_dir": "`workspaces` in the data folder",
         "upload_dir": "`uploads` in the data folder",
         "worker_name": "the host's name",
+        "kernel_dir": "`~/.local/share/bitwright/kernels`",
     }
 )
 """Defaults that a function makes, in words."""

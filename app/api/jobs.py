@@ -169,12 +169,8 @@ def create_job(
             estimates=preflight.estimates,
             warnings=preflight.warnings,
             not_checked=preflight.not_checked,
-    hub: LooksOf,
-    queue: QueueOf,
-    inspector: InspectorOf,
-    vault: VaultOf,
-    http: Request,
-    hub_token: HubTokenHeader = None,
+            cost=estimated_cost(preflight.estimates, settings),
+            alternatives=others,
         )
         return Response(view.model_dump_json(), media_type="application/json")
     with database.transaction() as session:
