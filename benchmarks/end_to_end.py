@@ -38,6 +38,7 @@ from workers.engine.opening import open_job
 from workers.engine.reporter import Reporter
 from workers.engine.scales import memory_plan, moving_codes, tuning
 from workers.engine.scales import stage as scales_stage
+from workers.engine.untrusted.asking import JobInput
 from workers.methods import sign_round
 from workers.numerics.quantized import BlockWeight
 
@@ -163,7 +164,10 @@ def main() -> None:
     )
     meters = [QualityMeter(model, read_text(text), given.sequences, device) for text in (given.choice, given.valid)]
     scales.run = stage_of(given.settings, model, meters)
-    with tempfile.TemporaryDirectory() as folder, open_job(order, Path(folder), Reporter(lambda _: None), 0) as job:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_job(order, Path(folder), Reporter(lambda _: None), 0, JobInput.of(order, Path(folder), 0)) as job,
+    ):
         try:
             goal.make(quantize.prepare(job), quantize.run)
         except Done:

@@ -128,7 +128,7 @@ def principal_of(session: Session, key_id: str) -> Principal | None:
     return _principal(row) if good and row is not None else None
 
 
-def _stored() -> Select[Any]:
+def _stored() -> Select[*tuple[Any, ...]]:
     """Keys with what decides whether they are good."""
     expired = func.coalesce(ApiKey.expires_at <= now(), False).label("expired")
     columns = (ApiKey.id, ApiKey.tenant_id, ApiKey.scopes, ApiKey.revoked_at, expired)

@@ -66,7 +66,12 @@ def test_a_child_that_fails_costs_nothing_but_its_time(
 ) -> None:
     monkeypatch.setenv("TORCH_TEST_EXIT", "1")
     kernels.tend()
-    wait_for(lambda: kernels._child is None or kernels.tend(), what="the child's end")
+
+    def ended() -> bool:
+        kernels.tend()
+        return kernels._child is None
+
+    wait_for(ended, what="the child's end")
     assert not kernels.ready
     assert list((tmp_path / "kernels").iterdir()) == []
     kernels.tend()

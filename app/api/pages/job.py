@@ -10,7 +10,7 @@ from fastapi import BackgroundTasks, Query, Request
 from starlette.responses import RedirectResponse, Response
 
 from app.api.artifacts import get_content
-from app.api.deps import BlobsOf, DatabaseOf
+from app.api.deps import BlobsOf, DatabaseOf, LaterOf, QueueOf, SettingsOf, VaultOf
 from app.api.http.archive import Kept, get_archive
 from app.api.jobs import cancel_job, delete_job, retry_job
 from app.api.pages.curves import EVENT_TYPES, of_events, of_report
@@ -94,6 +94,7 @@ def show_report(
     found: VisitorOf,
     database: DatabaseOf,
     blobs: BlobsOf,
+    later: LaterOf,
     export_format: Annotated[str | None, Query(alias="format", max_length=64)] = None,
 ) -> Response:
     """The page of a job's report, without this service's origin: it is shown in a frame that may do nothing."""
@@ -119,13 +120,19 @@ def show_report(
 
 @router.get("/jobs/{job_id}/files/{artifact_id}")
 def download_file(
-    request: Request, job_id: str, artifact_id: str, found: VisitorOf, database: DatabaseOf, blobs: BlobsOf
+    request: Request,
+    job_id: str,
+    artifact_id: str,
+    found: VisitorOf,
+    database: DatabaseOf,
+    blobs: BlobsOf,
+    later: LaterOf,
 ) -> Response:
     """A file of a job, to keep."""
     with database.reading() as session:
         if ArtifactRepository(session, found.principal.tenant_id).get(artifact_id).job_id != job_id:
             raise NotFound(f"job {job_id} has no artifact {artifact_id}", value=artifact_id)
-    return get_content(artifact_id, request, found.principal, database, blobs)
+    return get_content(artifact_id, request, found.principal, database, blobs, later)
 
 
 @router.get("/jobs/{job_id}/archive")
@@ -135,6 +142,7 @@ def download_archive(
     found: VisitorOf,
     database: DatabaseOf,
     blobs: BlobsOf,
+    later: LaterOf,
     export_format: Annotated[Kept | None, Query(alias="format")] = None,
 ) -> Response:
     """A job's result as one tar."""
@@ -144,15 +152,18 @@ def download_archive(
         principal=found.principal,
         database=database,
         blobs=blobs,
+        later=later,
         export_format=export_format,
     )
 
 
 @router.post("/jobs/{job_id}/cancel", openapi_extra=FORM)
-def cancel(request: Request, job_id: str, _form: OwnForm, found: VisitorOf, database: DatabaseOf) -> Response:
+def cancel(
+    request: Request, job_id: str, _form: OwnForm, found: VisitorOf, database: DatabaseOf, queue: QueueOf
+) -> Response:
     """End the job, and back to its page."""
     found.demand(Scope.SUBMIT)
-    cancel_job(job_id, found.principal, database)
+    cancel_job(job_id, found.principal, database, queue)
     return RedirectResponse(f"{root_of(request)}/jobs/{job_id}", SEE_OTHER)
 
 
@@ -162,12 +173,23 @@ def retry(
     job_id: str,
     _form: OwnForm,
     found: VisitorOf,
+    settings: SettingsOf,
     database: DatabaseOf,
+    vault: VaultOf,
+    queue: QueueOf,
     background: BackgroundTasks,
 ) -> Response:
     """Queue the job again, and back to its page."""
     found.demand(Scope.SUBMIT)
-    retry_job(job_id, found.principal, database, background)
+    retry_job(
+        job_id=job_id,
+        principal=found.principal,
+        settings=settings,
+        database=database,
+        vault=vault,
+        queue=queue,
+        background=background,
+    )
     return RedirectResponse(f"{root_of(request)}/jobs/{job_id}", SEE_OTHER, background=background)
 
 

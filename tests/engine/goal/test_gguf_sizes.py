@@ -13,6 +13,7 @@ from workers.disk.orders import AttemptOrder
 from workers.engine.goal.limits import beside_blocks
 from workers.engine.opening import open_job
 from workers.engine.reporter import Reporter
+from workers.engine.untrusted.asking import JobInput
 from workers.formats.gguf.sizes import ALIGNMENT, GENERAL_BYTES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,7 +39,8 @@ def test_what_is_known_before_is_close_to_the_file_and_never_less(
     order = AttemptOrder(
         job_id="job_1", attempt=1, request=JobRequest.parse(body), model_path=str(source), device="cpu"
     )
-    with open_job(order, tmp_path / "open", Reporter(lambda _: None), 0) as job:
+    opened = tmp_path / "open"
+    with open_job(order, opened, Reporter(lambda _: None), 0, JobInput.of(order, opened, 0)) as job:
         known = beside_blocks(job)
     actual = file.stat().st_size - blocks
     assert 0 <= known - actual <= GENERAL_BYTES + ALIGNMENT * (len(tensors) + 1)

@@ -115,7 +115,7 @@ def _tokenizes_otherwise(folder: Path, file: str, source: Path) -> bool:
     return bool(theirs.eos_token_id != ours.eos_token_id)
 
 
-class _Reader(gguf.GGUFReader):
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]
     """gguf-py's reader over plain memory: a slice of a `numpy.memmap` takes several times as long as one of an array,
     and each token of a vocabulary takes ten.
     """
