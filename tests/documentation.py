@@ -107,6 +107,7 @@ FOLDERS = MappingProxyType(
         "migrations/versions": "One file per change of the tables",
         "benchmarks": "Measurements side by side; never part of the tests",
         "benchmarks/gguf": "GGUF files beside those of llama.cpp's quantizer",
+        "benchmarks/service": "The API under load, and lists of a million jobs",
         "tests": "Mirrors app/ and workers/",
         "tests/adapters": "Adapters and merges against dense fp64 algebra",
         "tests/api": "The HTTP interface, through a real server or client",

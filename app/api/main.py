@@ -1,7 +1,7 @@
 """The application. `bitwright api` serves it with settings from the environment (`app.cli.api_server`)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any
@@ -124,12 +124,12 @@ class Application(FastAPI):
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Callable[[], None]]]:
     state: State = app.state.bitwright
     poller = asyncio.create_task(state.feed.run(), name="event-feed")
     writer = asyncio.create_task(state.later.run(), name="later-writes")
     try:
-        yield
+        yield {"end_streams": state.feed.close}  # for the server, when it is told to end (`app.cli.api_server`)
     finally:
         for task in (poller, writer):
             task.cancel()

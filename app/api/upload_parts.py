@@ -8,9 +8,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from bitwright.errors import RequestInProgress
 
@@ -60,7 +59,7 @@ class PartsFolder:
         except FileNotFoundError:
             return 0
 
-    def open_whole(self, position: int) -> BinaryIO:
+    def open_whole(self, position: int) -> BufferedReader:
         """The file, open for reading. One of no bytes need not have been sent."""
         self.open_at(position, self.present(position)).close()
         return self.path(position).open("rb")

@@ -30,7 +30,7 @@ def api(data_dir: DataDirOption = None, host: HostOption = None, port: PortOptio
     with bound_socket(settings) as listener:
         configure_logging(settings)
         warn_of_unknown_variables()
-        server = Server(settings)
+        server = Server()
         # uvicorn raises the signal again once all has ended; the exit code is to say that it has.
         before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

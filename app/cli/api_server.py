@@ -11,10 +11,9 @@ import threading
 import structlog
 import uvicorn
 
-from app.api.deps import State
-from app.api.main import create_app
-from app.settings import Settings
-
+APPLICATION = "app.api.main:create_app"
+END_STREAMS = "end_streams"
+"""Name in the application's lifespan state of the function that ends all event streams."""
 ENDING_SECONDS = 3
 LAST_SECONDS = 8.0
 EXIT_HANGING = 70
@@ -24,14 +23,18 @@ log = structlog.get_logger(__name__)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server for this application; `run` blocks until a signal."""
+    """uvicorn's server for the application, with settings from the environment; `run` blocks until a signal."""
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        app = create_app(settings)
+    def __init__(self) -> None:
         super().__init__(
-            uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=ENDING_SECONDS, server_header=False)
+            uvicorn.Config(
+                APPLICATION,
+                factory=True,
+                log_config=None,
+                timeout_graceful_shutdown=ENDING_SECONDS,
+                server_header=False,
+            )
         )
-        self._state: State = app.state.bitwright
         self._last = threading.Timer(LAST_SECONDS, _exit)
         self._last.daemon = True
 
@@ -45,7 +48,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End: streams first, then all else."""
         self._last.start()
-        self._state.feed.close()
+        self.lifespan.state[END_STREAMS]()
         await super().shutdown(sockets)
 
 

@@ -112,7 +112,7 @@ def _serve_api(listener: socket.socket, announcement: Announcement) -> bool:
     """Run the API until a signal; whether it ever came up."""
     from app.cli.api_server import Server  # noqa: PLC0415 (needs the `api` extra)
 
-    server = Server(announcement.settings)
+    server = Server()
     ended = threading.Event()
 
     def announce() -> None:

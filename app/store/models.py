@@ -43,7 +43,7 @@ Status = Enum(
 )
 START_LENGTH = 256
 MODEL_START = f"substr(model, 1, {START_LENGTH})"
-"""What the index by model holds: a path may be longer than an entry of a B-tree of PostgreSQL."""
+"""Part of a model that its index holds: a path may be longer than an entry of a B-tree of PostgreSQL."""
 Id = String(30)
 Sha256 = String(64)
 

@@ -100,9 +100,9 @@ def test_an_upload_that_cannot_fit_is_not_begun(any_api: Api, monkeypatch: pytes
     free = 10_000
 
     def usage(_: Path) -> object:
-        return shutil._ntuple_diskusage(0, 0, free + uploads.SPARE_BYTES)  # type: ignore[attr-defined]
+        return shutil._ntuple_diskusage(0, 0, free + uploads.SPARE_BYTES)
 
-    monkeypatch.setattr(uploads.shutil, "disk_usage", usage)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
 
     def create(size: int) -> object:
         file = {"name": "text.jsonl", "size": size, "sha256": hashlib.sha256(b"").hexdigest()}

@@ -91,6 +91,7 @@ def test_every_operation_keeps_what_the_document_promises(any_api: Api) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_ten_thousand_calls_keep_what_the_document_promises(any_api: Api) -> None:
     calls, number = 0, 1
     while calls < 5_000:  # on each database

@@ -18,15 +18,16 @@ from tests.cli.processes import command, eventually
 
 HANGING = """
 import time
-from app.cli import api_server as server
-server.LAST_SECONDS = 1.0
+from app.api import main
+from app.cli import api_server
+api_server.LAST_SECONDS = 1.0
 def hang(): time.sleep(60)
-create = server.create_app
-def create_app(settings):
-    app = create(settings)
+create = main.create_app
+def create_app():
+    app = create()
     app.add_api_route("/hang", hang)
     return app
-server.create_app = create_app
+main.create_app = create_app
 from app.cli.api import api
 api()
 """

@@ -13,7 +13,16 @@ from tests.documents.sessions import BlockFailed, Interpreter, as_typed
 BLOCKS = [block for document in documents() for block in blocks_of(document)]
 RUNNING = [block for block in BLOCKS if block.runs]
 
-NOT_RUN = {"docker": 1, "fragment": 13, "gpu": 1, "llama.cpp": 1, "make": 8, "measurement": 25, "vllm": 2}
+NOT_RUN = {
+    "deployment": 1,
+    "docker": 1,
+    "fragment": 13,
+    "gpu": 1,
+    "llama.cpp": 1,
+    "make": 8,
+    "measurement": 25,
+    "vllm": 2,
+}
 """Number of blocks of each kind that no test runs. Another one is a decision: it is counted here."""
 
 

@@ -171,7 +171,12 @@ def test_a_second_backup_copies_what_is_new(
     back_up(database, blobs, tmp_path / "backup")
     succeed(database, tenant, blobs, tmp_path, b"second")
     opened, read = blobs.open, list[str]()
-    monkeypatch.setattr(blobs, "open", lambda sha256: (read.append(sha256), opened(sha256))[1])
+
+    def count(sha256: str) -> object:
+        read.append(sha256)
+        return opened(sha256)
+
+    monkeypatch.setattr(blobs, "open", count)
     assert back_up(database, blobs, tmp_path / "backup").blobs == 2
     assert len(read) == 1
 

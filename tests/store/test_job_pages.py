@@ -15,7 +15,7 @@ from bitwright.job_states import JobStatus
 from tests.store.samples import request
 
 LONG = "/models/" + "m" * 300
-LABELS = (
+LABELS: tuple[dict[str, str], ...] = (
     {},
     {"team": "a"},
     {"team": "b"},

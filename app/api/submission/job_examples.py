@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from app.domain.methods import MAX_BITS, METHODS, MIN_BITS
+from app.domain.methods import MAX_BITS, METHODS, MIN_BITS, RECIPES
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES
-from app.domain.request.shorthand import RECIPES
 from app.store.ids import id_pattern
 
 SHORTHAND_EXAMPLE = {"model": "HuggingFaceTB/SmolLM2-135M", "method": "signround", "bits": 4}

@@ -3,14 +3,21 @@
 import threading
 from collections.abc import Callable
 from math import inf
-from time import monotonic
+from time import monotonic, sleep
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
 
 
+SHARE = 4
+"""After a change it is asked again once this many times the last question's duration is over: a fifth of the time."""
+
+
 class Kept(Generic[Value]):
-    """A value that is asked for at most once in `seconds`; of callers at the same time, one asks and all wait."""
+    """A value that is asked for at most once in `seconds`, by one of its callers.
+
+    While one asks, the others take the value from before; of the first value they wait for the answer.
+    """
 
     def __init__(self, ask: Callable[[], Value], seconds: float) -> None:
         self._ask = ask
@@ -18,15 +25,32 @@ class Kept(Generic[Value]):
         self._lock = threading.Lock()
         self._value: Value | None = None
         self._until = -inf
+        self._not_before = -inf
 
-    def __call__(self) -> Value:
-        """The value, at most `seconds` old. What the question raises is raised, and it is asked again next time."""
-        with self._lock:
-            if self._value is None or monotonic() >= self._until:
-                self._value = self._ask()
-                self._until = monotonic() + self._seconds
-            return self._value
+    def __call__(self, *, wait: bool = False) -> Value:
+        """The value. What the question raises is raised, and it is asked again next time.
+
+        wait   after a change, sleep until the question may be asked again, instead of taking the value from before
+        """
+        before = self._value
+        if not self._lock.acquire(blocking=wait or before is None) and before is not None:
+            return before
+        try:
+            return self._fresh(wait)
+        finally:
+            self._lock.release()
+
+    def _fresh(self, wait: bool) -> Value:
+        if wait and self._until == -inf:
+            sleep(max(self._not_before - monotonic(), 0.0))
+        started = monotonic()
+        if self._value is None or self._not_before <= started >= self._until:
+            self._value = self._ask()
+            ended = monotonic()
+            self._until = ended + self._seconds
+            self._not_before = ended + SHARE * (ended - started)
+        return self._value
 
     def forget(self) -> None:
-        """Ask again next time: this process has just changed what the answer is about."""
+        """Ask anew: this process has just changed what the answer is about."""
         self._until = -inf
