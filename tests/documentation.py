@@ -78,7 +78,7 @@ FOLDERS = MappingProxyType(
         "workers/engine/loads_here": "Checks that runtimes load the result: one block before, the files afterwards",
         "workers/engine/model": "Checkpoint, meta model, streamed and fused blocks",
         "workers/engine/model/sources": "Quantized sources as ordinary tensors, made when they are read",
-        "workers/engine/untrusted": "Configuration, tokenizer and texts of a job, read by a limited child for the attempt",
+        "workers/engine/untrusted": "A job's configuration, tokenizer and texts, read in a limited child",
         "workers/engine/text": "Calibration, evaluation and training text",
         "workers/engine/device": "Device, ranks, CUDA graphs, copies behind the work",
         "workers/engine/quantize": "Block by block: activations, method, finished blocks",

@@ -1,4 +1,4 @@
-"""What passes between an API and its child that looks at checkpoints: lines of JSON, and bytes of files."""
+"""Lines of JSON, and bytes of files, between an API and its child that looks at checkpoints."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What of a stranger's configuration reaches transformers: what its class knows, and nothing that chooses code."""
+"""Keys of a stranger's configuration that reach transformers: those that it knows, and none that chooses code."""
 
 import json
 from pathlib import Path

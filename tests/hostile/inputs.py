@@ -153,7 +153,7 @@ def tokenizers() -> Iterator[Input]:
     }.items():
         yield Input(f"tokenizer: {name}", CORRUPT, tokenizer=body)
     model = sound_tokenizer()["model"]
-    for name, change in {
+    changes: dict[str, Mapping[str, object]] = {
         "no model": {"model": None},
         "a model of no kind": {"model": {"type": "Nothing"}},
         "a model of another shape": {"model": 7},
@@ -172,7 +172,8 @@ def tokenizers() -> Iterator[Input]:
         "a decoder of no kind": {"decoder": {"type": "Nothing"}},
         "added tokens that are none": {"added_tokens": [1]},
         "another version": {"version": "9.0"},
-    }.items():
+    }
+    for name, change in changes.items():
         yield Input(f"tokenizer: {name}", CORRUPT, tokenizer=change)
     drops = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
     yield Input("tokenizer: drops every text", DATASET, tokenizer={"normalizer": drops})
@@ -216,21 +217,23 @@ def rows() -> Iterator[Input]:
 
 def configurations() -> Iterator[Input]:
     """config.json, beyond what numbers alone tell."""
-    for name, change in {
+    kinds: dict[str, Mapping[str, object]] = {
         "a norm of text": {"rms_norm_eps": "small"},
         "an activation of no kind": {"hidden_act": "nothing"},
         "a rotary embedding of no kind": {"rope_scaling": {"rope_type": "nothing", "factor": 2.0}},
         "layers of no kind": {"model_type": "qwen3", "layer_types": ["nothing", "nothing"]},
-    }.items():
+    }
+    for name, change in kinds.items():
         yield Input(f"config: {name}", "refused", config=change)
     heads = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 64, "rotary_dim": 16}
     positions = {"model_type": "gptj", "n_positions": 1 << 27, **heads}
     yield Input("config: buffers of gigabytes", CORRUPT, config=positions)
-    for name, change in {
+    dropped: dict[str, Mapping[str, object]] = {
         "an implementation": {"attn_implementation": "nobody/kernel", "_attn_implementation": "flash_attention_2"},
         "an implementation within": {"_attn_implementation_internal": "nothing", "experts_implementation": "nothing"},
         "code of its own": {"auto_map": {"AutoConfig": "nobody--configuration.Config"}},
         "a method's name": {"to_dict": 1, "get_text_config": 1, "base_model_tp_plan": 1},
         "labels": {"num_labels": 60_000},
-    }.items():
+    }
+    for name, change in dropped.items():
         yield Input(f"config: {name} is left out", None, config=change)

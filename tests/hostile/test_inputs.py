@@ -1,4 +1,4 @@
-"""What an attempt reads of strangers, read by the child that does it for attempts: refused, and the child goes on."""
+"""Input of strangers, read by the child that reads it for attempts: refused, and the child goes on."""
 
 import time
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from app.domain.request.job_request import Calibration, JobRequest
 from app.limited.limits import Ended, Limits
 from app.limited.process import LimitedProcess
 from tests.hostile.inputs import Input, inputs
+from workers.disk.input_orders import InputAnswer, InputOrder
 from workers.disk.orders import WarmChild
 from workers.engine.job_texts import read_files
 from workers.engine.text.sequences import Sequences, load_tokenizer
 from workers.engine.text.stored_texts import LoadedTexts, save_texts
 from workers.engine.untrusted.asking import JobInput
-from workers.engine.untrusted.lines import InputAnswer, InputOrder
 from workers.runtimes.order import FILE_BYTES, HOST
 
 SECONDS, MEMORY_BYTES = 10.0, 3 << 29
@@ -36,17 +36,18 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LimitedProcess]:
 def read(child: LimitedProcess, case: Input, folder: Path) -> InputAnswer:
     """The first part of a case's input that is refused, or the last."""
     order = case.order(folder)
-    answer = InputAnswer()
-    for part in ("model", "texts"):
-        place = folder / "place"
-        place.mkdir(exist_ok=True)
-        asked = InputOrder.model_validate(
-            {
-                **{"part": part, "order": order, "place": str(place)},
-                **{"memory_bytes": order.input_memory_bytes, "seconds": order.input_seconds},
-            }
-        )
-        outcome = child.ask(asked.model_dump_json().encode(), Limits(seconds=60, memory_bytes=MEMORY_BYTES))
+    place = folder / "place"
+    place.mkdir(exist_ok=True)
+    asked = InputOrder(
+        order=order,
+        place=str(place),
+        memory_bytes=order.input_memory_bytes,
+        seconds=order.input_seconds,
+        text_seconds=order.input_seconds,
+    )
+    child.send(asked.model_dump_json().encode() + b"\n")
+    for _ in ("model", "texts"):
+        outcome = child.hear(Limits(seconds=60, memory_bytes=MEMORY_BYTES))
         assert outcome.ended is Ended.ANSWERED, outcome
         answer = InputAnswer.model_validate_json(outcome.answer)
         if answer.error is not None:
@@ -92,12 +93,14 @@ def test_texts_are_those_that_this_process_reads(child: LimitedProcess, tmp_path
     ):
         paths = dict.fromkeys(("calibration_path", "evaluation_path", "finetuning_path"), order.calibration_path)
         warm = WarmChild(orders=child.handle.orders, answers=child.handle.answers, pid=child.handle.pid)
-        changed = order.model_copy(update={"request": request, "warm": warm, "limits_input": True, **paths})
+        changed = order.model_copy(
+            update={"request": request, "warm": warm, "limits_input": True, "world_size": 2, **paths}
+        )
         expected = read_files(changed, load_tokenizer(Path(order.model_path)))
         inputs_of_ranks = [JobInput.of(changed, tmp_path / request.quantization.method, rank) for rank in (0, 1)]
         for part_of_rank in inputs_of_ranks:
+            part_of_rank.ask()
             part_of_rank.try_model()
-            part_of_rank.ask_texts()
         for read_by_rank in (each.texts() for each in inputs_of_ranks):
             for name in ("calibration", "evaluation"):
                 theirs, ours = getattr(read_by_rank, name), getattr(expected, name)

@@ -1,4 +1,4 @@
-"""What an attempt may do, from its birth on, and the memory that its plan gives it: with real processes."""
+"""Bounds of an attempt, from its birth on, and the memory that its plan gives it: with real processes."""
 
 import os
 import socket

@@ -15,6 +15,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -26,7 +27,7 @@ from app.limited.process import exit_words
 from bitwright.errors import BitwrightError, CorruptCheckpoint, OutOfMemory, OverLimit
 from bitwright.events import ErrorData, Message
 from workers.child.exceptions import as_bitwright_error
-from workers.engine.untrusted.lines import InputAnswer, InputOrder
+from workers.disk.input_orders import InputAnswer, InputOrder
 from workers.runtimes.order import ReadAnswer, ReadOrder
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -35,6 +36,8 @@ SLACK_BYTES = 2 << 30
 FAULTS = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE})
 """A library's own, and no want of memory or time."""
 LOG = "input.log"
+MODEL, TEXTS = "the model's configuration", "the model's tokenizer and the job's texts"
+"""Parts of a job's input, in words."""
 PANIC = "PanicException"
 """A library's own kind, of no other: what Rust raises where it gives up."""
 
@@ -52,7 +55,8 @@ def main() -> int:
     gc.collect()
     gc.freeze()  # else each collection of a forked process would copy all that it shares with this one
     for line in sys.stdin.buffer:
-        os.write(answers, obey(line).model_dump_json().encode() + b"\n")
+        for answer in obey(line):
+            os.write(answers, answer.model_dump_json().encode() + b"\n")
     return 0
 
 
@@ -63,14 +67,17 @@ def import_all() -> None:
     from transformers.models.llama import modeling_llama  # noqa: PLC0415, F401
 
     from workers.engine.untrusted import reading  # noqa: PLC0415, F401
+    from workers.formats.library_config import know  # noqa: PLC0415
+
+    know("llama")
 
     transformers.utils.logging.disable_progress_bar()
     with suppress(ImportError):
         import compressed_tensors  # noqa: PLC0415, F401
 
 
-def obey(line: bytes) -> Message | ReadAnswer:
-    """The answer of a process that does what the order says, or that it died."""
+def obey(line: bytes) -> Iterator[Message | ReadAnswer]:
+    """The answers of a process that does what the order says, as they come, or that it died."""
     order = ORDERS.validate_json(line)
     reading, writing = os.pipe()
     child = os.fork()
@@ -78,59 +85,69 @@ def obey(line: bytes) -> Message | ReadAnswer:
         os.close(reading)
         _in_child(order, writing)
     os.close(writing)
-    seconds = order.seconds if isinstance(order, InputOrder) else None
-    with os.fdopen(reading, "rb") as stream:
-        said, late = _said(stream.fileno(), seconds)
-    if late:
-        os.kill(child, signal.SIGKILL)
+    with os.fdopen(reading, "rb", buffering=0) as stream:
+        if isinstance(order, InputOrder):
+            yield from _inputs(order, child, stream.fileno())
+            return
+        said = b"".join(iter(lambda: stream.read(1 << 16), b""))
+    code = _buried(child)
+    try:
+        yield ReadAnswer.model_validate_json(said)
+    except ValueError:
+        yield ReadAnswer(problem=f"its process ended {exit_words(code)}")
+
+
+def _inputs(order: InputOrder, child: int, descriptor: int) -> Iterator[InputAnswer]:
+    """The answers of a process that reads a job's input: one for each part, until one is an error."""
+    heard = b""
+    for what, seconds in ((MODEL, order.seconds), (TEXTS, order.text_seconds)):
+        until, late = time.monotonic() + seconds, False
+        while b"\n" not in heard and not late:
+            left = until - time.monotonic()
+            late = left <= 0 or not select.select([descriptor], [], [], left)[0]
+            chunk = b"" if late else os.read(descriptor, 1 << 16)
+            if not chunk:
+                break
+            heard += chunk
+        said, newline, heard = heard.partition(b"\n")
+        if not newline:
+            if late:
+                os.kill(child, signal.SIGKILL)
+            yield InputAnswer(error=ErrorData.of(_end_of_input(order, what, _buried(child), seconds if late else None)))
+            return
+        answer = InputAnswer.model_validate_json(said)
+        if answer.error is not None or what == TEXTS:
+            _buried(child)
+        yield answer
+        if answer.error is not None:
+            return
+
+
+def _buried(child: int) -> int:
+    """The exit code of a process that ends, negative for a signal; what it leaves behind is ended, too."""
     _, status = os.waitpid(child, 0)
     _end_strays()
-    code = os.waitstatus_to_exitcode(status)
-    if isinstance(order, ReadOrder):
-        try:
-            return ReadAnswer.model_validate_json(said)
-        except ValueError:
-            return ReadAnswer(problem=f"its process ended {exit_words(code)}")
-    try:
-        return InputAnswer.model_validate_json(said)
-    except ValueError:
-        return InputAnswer(error=ErrorData.of(_end_of_input(order, code, late=late)))
+    return os.waitstatus_to_exitcode(status)
 
 
-def _said(descriptor: int, seconds: float | None) -> tuple[bytes, bool]:
-    """All that a process has written when it ends, and whether it did not end in time; None: it has all of it."""
-    until, data = None if seconds is None else time.monotonic() + seconds, b""
-    while True:
-        left = None if until is None else until - time.monotonic()
-        if left is not None and (left <= 0 or not select.select([descriptor], [], [], left)[0]):
-            return b"", True
-        chunk = os.read(descriptor, 1 << 16)
-        if not chunk:
-            return data, False
-        data += chunk
+def _end_of_input(order: InputOrder, what: str, code: int, late: float | None) -> BitwrightError:
+    """The error of a process that read a part of a job's input and ended without a word.
 
-
-def _end_of_input(order: InputOrder, code: int, *, late: bool) -> BitwrightError:
-    """The error of a process that read a part of a job's input and ended without a word."""
-    what = "the model's configuration and tokenizer" if order.part == "model" else "the job's texts"
-    if late:
+    late   seconds that it had, where it took longer
+    """
+    if late is not None:
         hint = "look for a chat template or a tokenizer that does not end; or give shorter texts"
-        detail = f"to read {what} takes longer than {order.seconds:g} seconds"
-        return OverLimit(detail, field=_field(order), value=order.seconds, hint=hint)
+        detail = f"to read {what} takes longer than {late:g} seconds"
+        return OverLimit(detail, field="model", value=late, hint=hint)
     if -code in FAULTS:
-        return CorruptCheckpoint(f"a library ended {exit_words(code)} while it read {what}", field=_field(order))
-    return _too_much_memory(order)
+        return CorruptCheckpoint(f"a library ended {exit_words(code)} while it read {what}", field="model")
+    return _too_much_memory(order, what)
 
 
-def _too_much_memory(order: InputOrder) -> OverLimit:
-    what = "the model's configuration and tokenizer" if order.part == "model" else "the job's texts"
+def _too_much_memory(order: InputOrder, what: str) -> OverLimit:
     hint = "look for numbers of config.json, or rules of the tokenizer, that multiply; or give shorter texts"
     detail = f"to read {what} takes more than {order.memory_bytes >> 20} MiB of memory"
-    return OverLimit(detail, field=_field(order), value=order.memory_bytes, hint=hint)
-
-
-def _field(order: InputOrder) -> str:
-    return "model" if order.part == "model" else "calibration.dataset"
+    return OverLimit(detail, field="model", value=order.memory_bytes, hint=hint)
 
 
 def _in_child(order: ReadOrder | InputOrder, writing: int) -> NoReturn:
@@ -138,19 +155,23 @@ def _in_child(order: ReadOrder | InputOrder, writing: int) -> NoReturn:
         with suppress(AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if isinstance(order, InputOrder):
-            answer: Message | ReadAnswer = _input(order)
+            for answer in _input(order):
+                _write(writing, answer)
         else:
             limit = order.memory_bytes + SLACK_BYTES
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
             _print_into(Path(order.log))
-            answer = _read(order)
-        data = answer.model_dump_json().encode()
-        while data:
-            data = data[os.write(writing, data) :]
+            _write(writing, _read(order))
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(0)
+
+
+def _write(descriptor: int, answer: Message | ReadAnswer) -> None:
+    data = answer.model_dump_json().encode() + b"\n"
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def _print_into(path: Path) -> None:
@@ -162,15 +183,18 @@ def _print_into(path: Path) -> None:
     os.chdir(path.parent)
 
 
-def _input(order: InputOrder) -> InputAnswer:
-    """What was read, or what was wrong with it."""
+def _input(order: InputOrder) -> Iterator[InputAnswer]:
+    """The answers to an order: what was read, or what was wrong with it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing was tokenized before the fork
     _print_into(Path(order.place) / LOG)
     limit_memory(order.memory_bytes)
-    from workers.engine.untrusted.reading import read_part  # noqa: PLC0415 - imported before the fork
+    from workers.engine.untrusted.reading import read_parts  # noqa: PLC0415 - imported before the fork
 
+    what = MODEL
     try:
-        return read_part(order)
+        for answer in read_parts(order):
+            yield answer
+            what = TEXTS
     except BaseException as error:
         import traceback  # noqa: PLC0415
 
@@ -179,7 +203,8 @@ def _input(order: InputOrder) -> InputAnswer:
         if type(error).__name__ == PANIC:
             words = (str(error).splitlines() or [PANIC])[0][:300]
             known = CorruptCheckpoint(f"the tokenizers library gives up on the tokenizer: {words}", field="model")
-        return InputAnswer(error=ErrorData.of(_too_much_memory(order) if isinstance(known, OutOfMemory) else known))
+        known = _too_much_memory(order, what) if isinstance(known, OutOfMemory) else known
+        yield InputAnswer(error=ErrorData.of(known))
 
 
 def _read(order: ReadOrder) -> ReadAnswer:

@@ -14,6 +14,9 @@ def prepare(device: str) -> None:
     from transformers.models.llama import modeling_llama  # noqa: PLC0415, F401
 
     from workers.engine import reporter, run  # noqa: PLC0415, F401
+    from workers.formats.library_config import know  # noqa: PLC0415
+
+    know("llama")
 
     if device == "cuda":
         _open_gpu()

@@ -31,18 +31,18 @@ def take_back(folder: Path) -> None:
         os.chown(path, os.getuid(), os.getgid(), follow_symlinks=False)
 
 
-def demand_way(folder: Path, user: int) -> None:
-    """Check that another user gets to a folder.
+def demand_way(place: Path, user: int) -> None:
+    """Check that another user gets to a folder or file of the worker; the message is its operator's alone.
 
     Raises:
         InvalidSettings: a folder above it is closed to that user.
     """
-    for above in reversed(folder.resolve().parents):
+    for above in reversed(place.resolve().parents):
         status = above.stat()
         if status.st_uid != user and not status.st_mode & stat.S_IXOTH:
             raise InvalidSettings(
                 f"BITWRIGHT_ATTEMPT_USER is {user}, who may not pass through {above}",
-                hint=f"let others pass (chmod o+x {above}), or keep {folder} elsewhere",
+                hint=f"let others pass (chmod o+x {above}), or keep {place} elsewhere",
             )
 
 

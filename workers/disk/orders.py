@@ -96,8 +96,6 @@ class AttemptOrder(Message):
     )
     input_memory_bytes: int = Field(default=4 << 30, description="The most that reading the job's input may take.")
     input_seconds: float = Field(default=120.0, description="The same in seconds, and more for large texts.")
-    input_memory_bytes: int = Field(default=4 << 30, description="The most that reading the job's input may take.")
-    input_seconds: float = Field(default=120.0, description="The same in seconds, and more for large texts.")
     micro_batch_divisor: int = Field(default=1, description="2 or more after an out-of-memory attempt.")
     memory: Literal["plan", "off"] | int = Field(
         default="off", description="The most memory of the attempt: by what its job needs, any, or so many bytes."

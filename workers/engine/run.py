@@ -27,10 +27,10 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         FormatCannotHold: a format of the request cannot hold this model.
         RuntimeDidNotLoad: a runtime of the worker does not read one block of the result.
     """
+    inputs = JobInput.of(order, workspace, rank=0)
+    inputs.ask()
     with verification(order, workspace) as checks:
-        inputs = JobInput.of(order, workspace, rank=0)
         inputs.try_model()
-        inputs.ask_texts()
         if order.request.exports:
             inputs.texts()  # the tokenizer is tried before this process loads it
             return exports.run(order, workspace, reporter, checks.exported)

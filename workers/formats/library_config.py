@@ -71,7 +71,7 @@ def is_chosen_here(name: str) -> bool:
     return name in NEVER or CHOOSES.fullmatch(name) is not None
 
 
-def _part_of(kind: type[PreTrainedConfig], config: Mapping[str, Any]) -> dict[str, Any]:
+def _part_of(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     known, parts = known_keys(kind), kind.sub_configs
     kept = {}
     for name, value in config.items():
@@ -92,8 +92,13 @@ def _sub_config(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     return known_part(config)  # of a class that the part itself names
 
 
+def know(model_type: str) -> None:
+    """Find the keys of a type now, for processes that wait: it takes some milliseconds, once."""
+    known_keys(CONFIG_MAPPING[model_type])
+
+
 @cache
-def known_keys(kind: type[PreTrainedConfig]) -> frozenset[str]:
+def known_keys(kind: Any) -> frozenset[str]:
     """Names that a configuration class has as fields, or that its code and its model's mention.
 
     A name that the class has otherwise, such as a method or a table of the library's, is none of them.

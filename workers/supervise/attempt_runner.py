@@ -304,9 +304,9 @@ class _Attempt:
             overstepped = code < 0 and memory.overstepped()
         log.info("process_ended", module=module, code=code, ignored=reader.ignored + child.dropped_lines)
         self._events.flush()
+        what = "fetch" if wanted is FetchedLine else "attempt"
         if overstepped and memory.limit is not None:
             raise over_limit(memory.limit)
-        what = "fetch" if wanted is FetchedLine else "attempt"
         if code == 0 and isinstance(endings.result, wanted):
             return endings.result
         raise error_of_exit(code, endings.failed, oom_killed=oom_kills() > kills_before, what=what)
@@ -343,7 +343,7 @@ class _Attempt:
             self._context.metrics.stage(stage, seconds)
 
     def _note_needs(self, event: AttemptEvent, endings: "_Endings") -> None:
-        """Where a child says what its job needs, limit it to that, and end the spares that wait if it wants theirs."""
+        """Limit a child that says what its job needs to that, and end the spares that wait if it wants their memory."""
         if not isinstance(event, LogEvent) or event.event != NEEDS:
             return
         if self._context.spares is not None:
@@ -351,8 +351,8 @@ class _Attempt:
         context, request = self._context, self._claim.request
         if endings.memory is not None and endings.memory.limit is None:
             ranks = world_size(request, context.capacity.devices)
-            given = {"device": context.device.value, "setting": context.settings.attempt_memory, "ranks": ranks}
-            endings.memory.limit_to(plan_limit(event.fields, **given))
+            setting = context.settings.attempt_memory
+            endings.memory.limit_to(plan_limit(event.fields, device=context.device.value, setting=setting, ranks=ranks))
 
     def _hand_over(self) -> None:
         """Give the job's files to the user that the attempt runs as, where that is another."""

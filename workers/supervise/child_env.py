@@ -90,7 +90,7 @@ def attempt_user(settings: Settings) -> int | None:
 
 
 def compiled_folder(settings: Settings, user: int) -> Path:
-    """Where attempts of a user keep what Triton compiles, for later ones."""
+    """The folder in which attempts of a user keep what Triton compiles, for later ones."""
     return settings.workspace_dir / f"compiled-{user}"
 
 

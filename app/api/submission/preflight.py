@@ -248,12 +248,12 @@ def _inspect(preflight: Preflight, files: CheckpointFiles, inspector: Inspector,
         words = error.strerror or str(error)
         preflight.add(SourceForbidden(f"the checkpoint cannot be read: {words}", hint=hint), "model")
         return False
-    error = None if verdict.error is None else verdict.error.exception()
-    if isinstance(error, InputError):
-        preflight.add(error, "model")
+    refused = None if verdict.error is None else verdict.error.exception()
+    if isinstance(refused, InputError):
+        preflight.add(refused, "model")
         return False
-    if error is not None:
-        raise error
+    if refused is not None:
+        raise refused
     preflight.problems += verdict.problems
     preflight.warnings += verdict.warnings
     preflight.estimates = {} if preflight.problems else verdict.estimates

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from workers.disk.orders import AttemptOrder
 from workers.engine.finetune.memory_plan import TrainingPlan, plan_training
 from workers.engine.finetune.stage import _Finetuning
 from workers.engine.job import Job
-from workers.engine.job_texts import Texts, read_texts
+from workers.engine.job_texts import Texts, read_files, read_texts
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.reporter import Reporter
@@ -112,8 +113,8 @@ def texts_of(small_model: Path, rows: Path, part: str, options: Mapping[str, Any
         device="cpu",
     )
     model = StreamedModel.open(Checkpoint.open(small_model), torch.device("cpu"))
-    generation: Any = SimpleNamespace(tokenizer=load_tokenizer(small_model))
-    return read_texts(order, model, Reporter(lambda _: None), generation)
+    files = partial(read_files, order, load_tokenizer(small_model))
+    return read_texts(order, model, Reporter(lambda _: None), files)
 
 
 def texts_seen(texts: Texts, part: str) -> Seen:

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from app.domain.request.job_request import Calibration, Evaluation
-from bitwright.events import Message
+from workers.disk.input_orders import StoredFinetuning, StoredNotes, StoredSequences, TextsLine
 from workers.engine.text.documents import Notes
 from workers.engine.text.examples import Examples
 from workers.engine.text.finetuning_texts import FinetuningTexts
@@ -19,67 +18,6 @@ from workers.engine.text.sequences import Sequences
 
 PACKED = ("ids", "documents", "targets")
 DTYPES = {"ids": torch.int32, "documents": torch.int32, "targets": torch.bool}
-
-
-class StoredNotes(Message):
-    """`Notes`, as a line of JSON."""
-
-    rows: int = 0
-    empty: int = 0
-    ignored: dict[str, int] = Field(default_factory=dict)
-    left_out: int = 0
-
-    @classmethod
-    def of(cls, notes: Notes) -> "StoredNotes":
-        return cls(rows=notes.rows, empty=notes.empty, ignored=dict(notes.ignored), left_out=notes.left_out)
-
-    def notes(self) -> Notes:
-        return Notes(self.rows, self.empty, Counter(self.ignored), self.left_out)
-
-
-class StoredSequences(Message):
-    """`Sequences` without their tokens."""
-
-    source: str
-    overlapping: bool
-    text_tokens: int | None
-    notes: StoredNotes
-
-    @classmethod
-    def of(cls, sequences: Sequences) -> "StoredSequences":
-        notes = StoredNotes.of(sequences.notes)
-        return cls(
-            source=sequences.source,
-            overlapping=sequences.overlapping,
-            text_tokens=sequences.text_tokens,
-            notes=notes,
-        )
-
-    def sequences(self, ids: Tensor) -> Sequences:
-        return Sequences(ids, self.source, self.overlapping, self.notes.notes(), self.text_tokens)
-
-
-class StoredFinetuning(Message):
-    """`FinetuningTexts` without their tokens."""
-
-    sha256: str
-    cut: int
-    dropped: int
-    notes: StoredNotes
-
-    @classmethod
-    def of(cls, texts: FinetuningTexts) -> "StoredFinetuning":
-        examples = texts.examples
-        notes = StoredNotes.of(examples.notes)
-        return cls(sha256=texts.sha256, cut=examples.cut, dropped=examples.dropped, notes=notes)
-
-
-class TextsLine(Message):
-    """What a job reads, without the tokens."""
-
-    calibration: StoredSequences | None = None
-    evaluation: StoredSequences | None = None
-    finetuning: StoredFinetuning | None = None
 
 
 def save_texts(
@@ -96,10 +34,33 @@ def save_texts(
                 tensors |= {f"{name}.{part}": getattr(packed, part) for part in PACKED}
     save_file(tensors, file)
     return TextsLine(
-        calibration=None if calibration is None else StoredSequences.of(calibration),
-        evaluation=None if evaluation is None else StoredSequences.of(evaluation),
-        finetuning=None if finetuning is None else StoredFinetuning.of(finetuning),
+        calibration=None if calibration is None else _stored(calibration),
+        evaluation=None if evaluation is None else _stored(evaluation),
+        finetuning=None if finetuning is None else _stored_finetuning(finetuning),
     )
+
+
+def _stored(sequences: Sequences) -> StoredSequences:
+    return StoredSequences(
+        source=sequences.source,
+        overlapping=sequences.overlapping,
+        text_tokens=sequences.text_tokens,
+        notes=_stored_notes(sequences.notes),
+    )
+
+
+def _stored_finetuning(texts: FinetuningTexts) -> StoredFinetuning:
+    examples = texts.examples
+    notes = _stored_notes(examples.notes)
+    return StoredFinetuning(sha256=texts.sha256, cut=examples.cut, dropped=examples.dropped, notes=notes)
+
+
+def _stored_notes(notes: Notes) -> StoredNotes:
+    return StoredNotes(rows=notes.rows, empty=notes.empty, ignored=dict(notes.ignored), left_out=notes.left_out)
+
+
+def _notes(stored: StoredNotes) -> Notes:
+    return Notes(stored.rows, stored.empty, Counter(stored.ignored), stored.left_out)
 
 
 class LoadedTexts:
@@ -120,7 +81,7 @@ class LoadedTexts:
         ids, shape = self._tensors[name], (asked.num_samples, asked.sequence_length)
         if ids.dtype != torch.int64 or tuple(ids.shape) != shape or int(ids.min()) < 0:
             raise ValueError(f"{name} is {ids.dtype} {tuple(ids.shape)}, where {shape} tokens were asked for")
-        return stored.sequences(ids)
+        return Sequences(ids, stored.source, stored.overlapping, _notes(stored.notes), stored.text_tokens)
 
     def finetuning(self, length: int) -> FinetuningTexts | None:
         """Those that are learned, in sequences of `length` tokens."""
@@ -130,7 +91,7 @@ class LoadedTexts:
         training, held_out = (self._packed(name, length) for name in ("training", "held_out"))
         if training is None:
             raise ValueError("there is nothing to learn")
-        examples = Examples(cut=stored.cut, dropped=stored.dropped, notes=stored.notes.notes())
+        examples = Examples(cut=stored.cut, dropped=stored.dropped, notes=_notes(stored.notes))
         return FinetuningTexts(examples, training, held_out, stored.sha256)
 
     def _packed(self, name: str, length: int) -> PackedSequences | None:

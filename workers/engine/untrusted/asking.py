@@ -1,16 +1,15 @@
 """A job's input, read by a limited child for the attempt: the first rank asks, the others wait for what it was told.
 
     inputs = JobInput.of(order, workspace, rank)
+    inputs.ask()                  # the child reads the model, then the texts
     inputs.try_model()            # before any library of this process sees the configuration
-    inputs.ask_texts()            # the child reads them while this process opens the model
-    texts = inputs.texts()
+    texts = inputs.texts()        # read while this process opens the model
 
 Where an order does not ask for it (whoever runs the engine without a supervisor), nothing is tried, and the engine
 reads the texts in its own process.
 """
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,11 +17,11 @@ from app.limited.limits import Ended, Limits, Outcome
 from app.limited.process import Handle, LimitedProcess
 from bitwright.errors import InternalError, OverLimit
 from workers.disk.durable import replace_file
+from workers.disk.input_orders import InputAnswer, InputOrder
 from workers.disk.orders import AttemptOrder, WarmChild
 from workers.engine.device.process_group import PATIENCE
 from workers.engine.job_texts import Texts
 from workers.engine.text.stored_texts import LoadedTexts
-from workers.engine.untrusted.lines import InputAnswer, InputOrder
 from workers.engine.untrusted.reading import SOURCE, TOKENS
 
 LOOK_AGAIN_SECONDS = 0.05
@@ -37,15 +36,12 @@ ANSWER_BYTES = 1 << 20
 Part = Literal["model", "texts"]
 
 
-@dataclass
 class JobInput:
-    """The input of a job, as one of its ranks gets it."""
+    """The input of a job, as one of its ranks gets it; what is read of it lies in the folder `place`."""
 
-    order: AttemptOrder
-    place: Path
-    rank: int
-    child: LimitedProcess | None
-    _asked: float = 0.0
+    def __init__(self, order: AttemptOrder, place: Path, rank: int, child: LimitedProcess | None) -> None:
+        self.order, self.place, self.rank, self.child = order, place, rank, child
+        self._asked = 0.0
 
     @classmethod
     def of(cls, order: AttemptOrder, workspace: Path, rank: int) -> "JobInput":
@@ -64,6 +60,22 @@ class JobInput:
         """Folder of a quantized source as the child has presented it, whose tokenizer is read."""
         return self.place / SOURCE if self.limited else None
 
+    def ask(self) -> None:
+        """Let the child begin, first with the model; it goes on with the texts while this process opens that."""
+        if not self.limited or self.rank:
+            return
+        self.place.mkdir(parents=True, exist_ok=True)
+        order = InputOrder(
+            order=self.order,
+            place=str(self.place),
+            memory_bytes=self.order.input_memory_bytes,
+            seconds=self.order.input_seconds,
+            text_seconds=self._text_seconds(),
+        )
+        self._asked = time.monotonic()
+        assert self.child is not None  # noqa: S101 - for the type checker
+        self.child.send(order.model_dump_json().encode() + b"\n")
+
     def try_model(self) -> None:
         """Wait until the child has opened the checkpoint and built what its configuration says.
 
@@ -71,27 +83,14 @@ class JobInput:
             InputError: what it met.
             OverLimit: it took more than it may.
         """
-        if not self.limited:
-            return
-        if self.rank == 0:
-            self.place.mkdir(parents=True, exist_ok=True)
-            self._ask("model")
-            self._tell("model", self._answer("model"))
-        else:
-            self._told("model")
-
-    def ask_texts(self) -> None:
-        """Let the child begin to read the texts."""
-        if self.limited and self.rank == 0:
-            self._ask("texts")
+        if self.limited:
+            self._answer("model", self.order.input_seconds)
 
     def texts(self) -> Texts:
-        """What it has read; nothing where no part of the job reads text. Raises as `try_model`."""
+        """The texts that it has read; nothing where no part of the job reads text. Raises as `try_model`."""
         if not self.limited:
             return Texts(None, None)
-        if self.rank == 0:
-            self._tell("texts", self._answer("texts"))
-        line = self._told("texts").texts
+        line = self._answer("texts", self.order.input_seconds + self._text_seconds()).texts
         if line is None:
             return Texts(None, None)
         request = self.order.request
@@ -106,22 +105,13 @@ class JobInput:
         except (ValueError, KeyError, OSError) as error:
             raise InternalError(f"what was read of the texts is none: {error}") from error
 
-    def _ask(self, part: Part) -> None:
-        order = InputOrder(
-            part=part,
-            order=self.order,
-            place=str(self.place),
-            memory_bytes=self.order.input_memory_bytes,
-            seconds=self._seconds(part),
-        )
-        self._asked = time.monotonic()
-        assert self.child is not None  # noqa: S101 - for the type checker
-        self.child.send(order.model_dump_json().encode() + b"\n")
-
-    def _answer(self, part: Part) -> InputAnswer:
+    def _answer(self, part: Part, seconds: float) -> InputAnswer:
+        """The child's next answer, or what the first rank was told."""
+        if self.rank:
+            return self._told(part)
         assert self.child is not None  # noqa: S101 - for the type checker
         limits = Limits(
-            seconds=self._seconds(part) + MARGIN_SECONDS,
+            seconds=seconds + MARGIN_SECONDS,
             memory_bytes=2 * self.order.input_memory_bytes + OWN_BYTES,
             answer_bytes=ANSWER_BYTES,
         )
@@ -131,11 +121,11 @@ class JobInput:
         answer = InputAnswer.model_validate_json(outcome.answer)
         if answer.error is not None:
             raise answer.error.exception()
+        if self.order.world_size > 1:
+            self._tell(part, answer)
         return answer
 
-    def _seconds(self, part: Part) -> float:
-        if part == "model":
-            return self.order.input_seconds
+    def _text_seconds(self) -> float:
         order = self.order
         paths = (order.calibration_path, order.evaluation_path, order.finetuning_path)
         size = sum(Path(path).stat().st_size for path in paths if path is not None and Path(path).is_file())
@@ -145,7 +135,7 @@ class JobInput:
         replace_file(self.place / f"{part}.json", answer.model_dump_json().encode())
 
     def _told(self, part: Part) -> InputAnswer:
-        """What the first rank was told; where that was an error, it ends this rank, too."""
+        """The answer that the first rank was given; where that was an error, it ends this rank, too."""
         file, until = self.place / f"{part}.json", time.monotonic() + PATIENCE.total_seconds()
         while not file.exists():
             if time.monotonic() > until:
@@ -158,4 +148,5 @@ def _of_outcome(outcome: Outcome) -> OverLimit | InternalError:
     """The error of a child that gave no answer: its own limits are not what ended it."""
     if outcome.ended is Ended.DIED:
         return InternalError(f"the child that reads the job's input has ended: {outcome.words}")
-    return OverLimit(f"what reads the job's input was ended: {outcome.words}", field="model")
+    hint = "look for a chat template or a tokenizer that does not end, or that multiplies; or give shorter texts"
+    return OverLimit(f"what reads the job's input was ended: {outcome.words}", field="model", hint=hint)

@@ -4,6 +4,7 @@ A configuration sizes modules and buffers, a tokenizer's rules may multiply a te
 What is read here within limits, the attempt reads again, or takes as it was read.
 """
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,25 +14,24 @@ from app.domain.formats import ExportFormat
 from app.domain.inputs.architectures import is_accepted
 from app.domain.workload import readers_of
 from bitwright.errors import BitwrightError
+from workers.disk.input_orders import InputAnswer, InputOrder, TextsLine
 from workers.disk.orders import AttemptOrder
 from workers.engine.job_texts import read_files
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.meta_model import configuration, empty_model, model_dtype
 from workers.engine.text.sequences import PROBE, has_tokenizer, load_tokenizer, writes_start
-from workers.engine.text.stored_texts import TextsLine, save_texts
-from workers.engine.untrusted.lines import InputAnswer, InputOrder
+from workers.engine.text.stored_texts import save_texts
 
 SOURCE, TOKENS = "source", "texts.safetensors"
 """In the order's place: the folder of a quantized source as it is presented, and what was read."""
 
 
-def read_part(order: InputOrder) -> InputAnswer:
-    """Do what an order says; whatever goes wrong goes through."""
+def read_parts(order: InputOrder) -> Iterator[InputAnswer]:
+    """Do what an order says, an answer for each part; whatever goes wrong goes through."""
     place = Path(order.place)
-    if order.part == "model":
-        try_model(order.order, place / SOURCE)
-        return InputAnswer()
-    return InputAnswer(texts=try_texts(order.order, place))
+    try_model(order.order, place / SOURCE)
+    yield InputAnswer()
+    yield InputAnswer(texts=try_texts(order.order, place))
 
 
 def try_model(order: AttemptOrder, scratch: Path) -> None:
