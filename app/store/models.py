@@ -79,7 +79,7 @@ class Tenant(Base):
     model_roots: Mapped[list[str] | None]
     allowed_models: Mapped[list[str] | None]
     served_at: Mapped[datetime | None]
-    """When a worker last took one of its jobs: of two tenants with equally many running, the other goes first."""
+    """Time at which a worker last took one of its jobs: of two tenants with equally many running, the other goes first."""
 
 
 class ApiKey(Base):
@@ -348,7 +348,7 @@ class HubToken(Base):
 
 
 class RateWindow(Base):
-    """How much of a rate a tenant has used in the window that runs."""
+    """A tenant's use of a rate in the window that runs."""
 
     __tablename__ = "rate_window"
 
@@ -359,7 +359,7 @@ class RateWindow(Base):
 
 
 class UsageMonth(Base):
-    """What a tenant used within a month; it outlives the jobs that it was used for."""
+    """A tenant's use within a month; it outlives the jobs that it was used for."""
 
     __tablename__ = "usage_month"
 
