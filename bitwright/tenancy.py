@@ -17,7 +17,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.@-]{0,99}$"
 
 
 class Quotas(View):
-    """Limits of what a tenant may have at once. null: as the service's `BITWRIGHT_TENANT_QUOTAS` says, else without a limit."""
+    """Limits of a tenant. null: as the service's `BITWRIGHT_TENANT_QUOTAS` says, else none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

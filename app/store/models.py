@@ -79,7 +79,7 @@ class Tenant(Base):
     model_roots: Mapped[list[str] | None]
     allowed_models: Mapped[list[str] | None]
     served_at: Mapped[datetime | None]
-    """Time at which a worker last took one of its jobs: of two tenants with equally many running, the other goes first."""
+    """Time at which a worker last took one of its jobs: of two with equally many running, the other goes first."""
 
 
 class ApiKey(Base):

@@ -1,4 +1,4 @@
-"""The tenant of a claimed job, as a worker knows it: folders that it may read, and the Hub token that fetches for it."""
+"""The tenant of a claimed job: folders that it may read, and the Hub token that fetches for it."""
 
 from dataclasses import dataclass, replace
 
