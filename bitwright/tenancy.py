@@ -17,7 +17,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.@-]{0,99}$"
 
 
 class Quotas(View):
-    """What a tenant may have at once. null: as the service's `BITWRIGHT_TENANT_QUOTAS` says, else without a limit."""
+    """Limits of a tenant. null: as the service's `BITWRIGHT_TENANT_QUOTAS` says, else none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -154,7 +154,7 @@ class AuditView(View):
 
 
 class MonthView(View):
-    """What a tenant used within a month (UTC)."""
+    """A tenant's use within a month (UTC)."""
 
     month: str = Field(examples=["2026-11"])
     jobs: int = Field(description="Jobs that ended; one that was retried ends again.")
@@ -169,7 +169,7 @@ class MonthView(View):
 
 
 class UsedView(View):
-    """What is used of the quotas now."""
+    """Use of the quotas now."""
 
     queued_jobs: int
     running_jobs: int

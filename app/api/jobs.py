@@ -207,7 +207,7 @@ def accepted(job: Job, response: Response, queue: Kept[Mapping[str, Place]]) -> 
 
 
 def _place(job: Job, queue: Kept[Mapping[str, Place]]) -> Place | None:
-    """Where a queued job stands. A reader waits for the place of a job that has just come."""
+    """Place of a queued job. A reader waits for the place of a job that has just come."""
     if job.status is not JobStatus.QUEUED:
         return None
     return queue().get(job.id) or queue(wait=True).get(job.id)

@@ -135,7 +135,7 @@ def list_tenants(data_dir: DataDirOption = None) -> None:
 
 @app.command()
 def usage(name: NameArgument, data_dir: DataDirOption = None) -> None:
-    """What a tenant used, a line for each month, divided by tabs: month, jobs, seconds of GPUs and of CPUs, bytes
+    """List what a tenant used, a line for each month, divided by tabs: month, jobs, seconds of GPUs and of CPUs, bytes
     uploaded, made and downloaded, and money.
     """
     from app.store.keys import find_tenant  # noqa: PLC0415 (needs the `api` extra)

@@ -55,7 +55,7 @@ class NewArtifact:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a worker gives to each of its attempts, and at which price.
+    """Terms of a worker's attempts: what it gives to each, and at which price.
 
     devices        GPUs, or processes on a CPU
     price_micros   millionths of the currency for an hour of one of them; None: it has no price

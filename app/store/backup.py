@@ -40,7 +40,7 @@ EXPRESSION = "Skipped unsupported reflection of expression-based index"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a backup holds."""
+    """Contents of a backup."""
 
     revision: str
     """Of the schema."""
@@ -122,7 +122,7 @@ def restore(url: str, blobs: BlobStore, folder: Path) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What the backup in a folder holds.
+    """Contents of the backup in a folder.
 
     Raises:
         Conflict: there is none, or none that was finished, or one of another format.

@@ -70,7 +70,7 @@ def unnamed_blobs(
 
 
 def count_old_jobs(session: Session, *, older_than_seconds: float) -> int:
-    """How many jobs `remove_old_jobs` would remove, called until there are none."""
+    """Number of jobs that `remove_old_jobs` would remove, called until there are none."""
     return session.scalar(select(func.count()).select_from(Job).where(*_old(older_than_seconds))) or 0
 
 

@@ -27,7 +27,7 @@ Conditions = list[ColumnElement[bool]]
 
 @dataclass(frozen=True)
 class JobFilters:
-    """What the jobs of a list have in common; None stands for any."""
+    """Properties that the jobs of a list have in common; None stands for any."""
 
     status: JobStatus | None = None
     method: str | None = None

@@ -43,7 +43,7 @@ Status = Enum(
 )
 START_LENGTH = 256
 MODEL_START = f"substr(model, 1, {START_LENGTH})"
-"""What the index by model holds: a path may be longer than an entry of a B-tree of PostgreSQL."""
+"""Part of a model that its index holds: a path may be longer than an entry of a B-tree of PostgreSQL."""
 Id = String(30)
 Sha256 = String(64)
 
@@ -79,7 +79,7 @@ class Tenant(Base):
     model_roots: Mapped[list[str] | None]
     allowed_models: Mapped[list[str] | None]
     served_at: Mapped[datetime | None]
-    """When a worker last took one of its jobs: of two tenants with equally many running, the other goes first."""
+    """Time at which a worker last took one of its jobs: of two with equally many running, the other goes first."""
 
 
 class ApiKey(Base):
@@ -363,7 +363,7 @@ class HubToken(Base):
 
 
 class RateWindow(Base):
-    """How much of a rate a tenant has used in the window that runs."""
+    """A tenant's use of a rate in the window that runs."""
 
     __tablename__ = "rate_window"
 
@@ -374,7 +374,7 @@ class RateWindow(Base):
 
 
 class UsageMonth(Base):
-    """What a tenant used within a month; it outlives the jobs that it was used for."""
+    """A tenant's use within a month; it outlives the jobs that it was used for."""
 
     __tablename__ = "usage_month"
 

@@ -1,4 +1,4 @@
-"""What a tenant uses of its quotas, and the refusal of more. Sums are taken when a quota asks for them."""
+"""Use of a tenant's quotas, and the refusal of more. Sums are taken when a quota asks for them."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -128,7 +128,7 @@ def require_upload_room(session: Session, tenant_id: str, quotas: Quotas, total_
 
 
 def used_by(session: Session, tenant_id: str) -> UsedView:
-    """What the tenant uses now."""
+    """The tenant's use of its quotas now."""
     return UsedView(
         queued_jobs=_jobs(session, tenant_id, JobStatus.QUEUED),
         running_jobs=_jobs(session, tenant_id, JobStatus.RUNNING),

@@ -34,7 +34,7 @@ TO_JSON = partial(json.dumps, allow_nan=False, separators=(",", ":"))
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a process asks of the database at most. Seconds; None: no limit.
+    """Limits on what a process asks of the database. Seconds; None: no limit.
 
     busy        a write waits so long for another one
     statement   one statement may take so long; what its caller waits for is then `Unavailable`

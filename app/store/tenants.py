@@ -17,7 +17,7 @@ from bitwright.tenancy import Quotas, TenantChange, TenantRequest
 
 @dataclass(frozen=True)
 class Policy:
-    """What a tenant may do.
+    """Rights of a tenant.
 
     quotas           in force
     model_roots      folders that it may read; None: all that the service reads

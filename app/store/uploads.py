@@ -206,7 +206,7 @@ class UploadRepository:
 
 
 def count_expired_uploads(session: Session) -> int:
-    """How many uploads `remove_expired_uploads` would remove."""
+    """Number of uploads that `remove_expired_uploads` would remove."""
     return session.scalar(select(func.count()).select_from(Upload).where(*_expired())) or 0
 
 

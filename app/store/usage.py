@@ -1,4 +1,4 @@
-"""What tenants used, month by month: jobs, time of devices, bytes, and money where the service has a price.
+"""Use by tenant and month: jobs, time of devices, bytes, and money where the service has a price.
 
 An attempt is counted when it ends, by the price when it began, unless it ended by a fault of the service.
 """
@@ -20,7 +20,7 @@ from bitwright.tenancy import MonthView
 MICROS = 1_000_000
 HOUR = 3600.0
 CURRENCY = "USD"
-"""Where the service names no other."""
+"""The one of a service that names no other."""
 
 
 def add_usage(session: Session, tenant_id: str, **amounts: float) -> None:

@@ -14,7 +14,7 @@ from tests.servers import free_port
 
 START_SECONDS = 60.0
 BEFORE = ["-m", "uvicorn", "--factory", "app.api.main:create_app"]
-"""How the API was started before there was `bitwright api`."""
+"""Start of the API before there was `bitwright api`."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What one caller may cost the others: filters, counts, threads, streams of one key, streams of a revoked key."""
+"""Bounds on what one caller costs others: filters, counts, threads, streams of one key, streams of a revoked key."""
 
 import asyncio
 import threading

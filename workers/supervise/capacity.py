@@ -43,9 +43,9 @@ class Capacity:
     devices: int = 1
     """GPUs, or processes on a CPU, that a job may take."""
     kernels: Literal["triton", "torch"] = "torch"
-    """What rounds weights and computes blocks: Triton's kernels on a GPU where they work, else torch's operators."""
+    """Code that rounds weights and computes blocks: Triton's kernels on a GPU where they work, else torch's own."""
     kernels_fault: str | None = None
-    """What keeps Triton from working on the GPU."""
+    """Reason for which Triton does not work on the GPU."""
 
     def sizes(self) -> dict[str, int | None]:
         """Bytes by name, as estimates are held against; None where there is no such thing."""
@@ -125,7 +125,7 @@ def _probe() -> dict[str, str | int] | None:
 
 
 def _triton_fault() -> str | None:
-    """What keeps Triton from running a kernel in a child of this worker; None if it runs."""
+    """Reason for which Triton runs no kernel in a child of this worker; None if it does."""
     command = [sys.executable, "-P", "-m", "workers.numerics.backends.trial"]
     try:
         answer = subprocess.run(

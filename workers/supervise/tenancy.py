@@ -1,4 +1,4 @@
-"""What a worker knows of a claimed job's tenant: folders that it may read, and the Hub token that fetches for it."""
+"""The tenant of a claimed job: folders that it may read, and the Hub token that fetches for it."""
 
 from dataclasses import dataclass, replace
 
@@ -23,7 +23,7 @@ class OwnToken:
 
 
 def terms_of(settings: Settings, device: DeviceClass, devices: int) -> Terms:
-    """What this worker gives to attempts, at the present price."""
+    """Terms of this worker's attempts, at the present price."""
     return Terms(
         devices=devices,
         price_micros=settings.price_micros(device.value),

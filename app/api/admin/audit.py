@@ -29,7 +29,7 @@ def list_audit(
     action: Annotated[str | None, Query(max_length=64, description="Only this action.")] = None,
     subject: Annotated[str | None, Query(max_length=64, description="Only what was done to this id.")] = None,
 ) -> Page[AuditView]:
-    """Who did what, newest first. Entries are never changed; `BITWRIGHT_AUDIT_RETENTION_DAYS` says when they go."""
+    """Entries of who did what, newest first. Never changed; `BITWRIGHT_AUDIT_RETENTION_DAYS` says when they go."""
     with database.reading() as session:
         page = audit_page(session, after=after, limit=limit, tenant_id=tenant_id, action=action, subject=subject)
         items = [

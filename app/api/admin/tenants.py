@@ -88,7 +88,7 @@ def get_tenant(tenant_id: str, principal: Administrator, database: DatabaseOf) -
 def change_tenant(
     tenant_id: str, body: TenantChange, principal: Administrator, settings: SettingsOf, database: DatabaseOf
 ) -> TenantView:
-    """What the body leaves out stays. A suspended tenant's keys are refused, its streams end, its queued jobs wait."""
+    """Fields that the body leaves out stay. Of a suspended tenant keys are refused, streams end, queued jobs wait."""
     check_roots(body.model_roots, settings)
     with database.transaction() as session:
         tenant = tenants.change_tenant(session, tenant_id, body)

@@ -94,7 +94,6 @@ def show_report(
     found: VisitorOf,
     database: DatabaseOf,
     blobs: BlobsOf,
-    later: LaterOf,
     export_format: Annotated[str | None, Query(alias="format", max_length=64)] = None,
 ) -> Response:
     """The page of a job's report, without this service's origin: it is shown in a frame that may do nothing."""

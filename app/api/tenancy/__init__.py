@@ -1,1 +1,1 @@
-"""What a request costs its tenant: quotas, what is told of them, who did what, and what is written of it later."""
+"""Costs of a request for its tenant: quotas and their headers, the audit log, late writes."""

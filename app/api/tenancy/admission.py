@@ -1,4 +1,4 @@
-"""Whether a tenant may submit this: its rate, its quotas, its models; and who asks, for the audit log."""
+"""Admission of a tenant's requests: its rate, its quotas, its models; and the caller as the audit log names it."""
 
 from fnmatch import fnmatchcase
 

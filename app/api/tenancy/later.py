@@ -1,4 +1,4 @@
-"""What is written a little later, so that reading costs no write: keys' last uses and bytes that were downloaded.
+"""Writes that come a little later, so that reading costs none: keys' last uses and bytes that were downloaded.
 
 Kept in memory and written at most once in `WRITE_SECONDS`; what a process that is killed has not written is lost.
 """

@@ -18,7 +18,7 @@ STORED_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Figures:
-    """What one look at the store gives."""
+    """Figures of one look at the store."""
 
     waiting: dict[str, Waiting] = field(default_factory=dict)
     workers: dict[str, int] = field(default_factory=dict)

@@ -15,7 +15,7 @@ SHOWN = 300
 
 
 def triton_fault(device: torch.device) -> str | None:
-    """What keeps Triton's kernels from running on the device, in one line; None if they do."""
+    """Reason for which Triton's kernels do not run on the device, in one line; None if they do."""
     try:
         return _run(device)
     except Exception as error:  # a compiler's, a driver's and a loader's own kinds
