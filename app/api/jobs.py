@@ -32,7 +32,6 @@ from app.api.submission.preflight import find_sources, judge_model, look_at_hub
 from app.api.tenancy.admission import NO_ROOM, actor, require_allowed
 from app.api.tenancy.queueing import (
     estimated_cost,
-    has_token,
     policy_and_settings,
     queue_job,
 )
@@ -151,7 +150,7 @@ def create_job(
         policy, settings = policy_and_settings(session, principal, settings)
         if not isinstance(request.model, LocalModel):  # of a local one the real path counts
             require_allowed(policy, request)
-        hub = None if has_token(session, principal, token) else hub
+        hub = None if policy.own_token or token is not None else hub  # which looks with the service's token
     seen = look_at_hub(request, hub)
     with database.reading() as session:
         preflight, model = find_sources(request, settings, UploadRepository(session, principal.tenant_id), blobs)

@@ -89,11 +89,6 @@ def erase_token(session: Session, owner: str) -> None:
     session.execute(delete(HubToken).where(HubToken.owner == owner))
 
 
-def has_own_token(session: Session, tenant_id: str) -> bool:
-    """True if the tenant has a token of its own."""
-    return session.scalars(select(HubToken.owner).where(HubToken.owner == tenant_id)).first() is not None
-
-
 def token_of(session: Session, vault: Vault, *, tenant_id: str, job_id: str) -> str | None:
     """The job's own token, else its tenant's; None if neither has one.
 

@@ -22,24 +22,27 @@ class Policy:
     quotas           in force
     model_roots      folders that it may read; None: all that the service reads
     allowed_models   patterns of models; None: all
+    own_token        whether a Hub token of its own fetches for it
     """
 
     quotas: Quotas
     model_roots: tuple[str, ...] | None = None
     allowed_models: tuple[str, ...] | None = None
+    own_token: bool = False
 
 
 def policy_of(session: Session, tenant_id: str, defaults: Quotas) -> Policy:
     """The policy of a tenant; `defaults` are the service's quotas."""
-    row = session.execute(
-        select(Tenant.quotas, Tenant.model_roots, Tenant.allowed_models).where(Tenant.id == tenant_id)
-    ).one_or_none()
+    own_token = exists().where(HubToken.owner == tenant_id).label("own_token")
+    query = select(Tenant.quotas, Tenant.model_roots, Tenant.allowed_models, own_token).where(Tenant.id == tenant_id)
+    row = session.execute(query).one_or_none()
     if row is None:
         return Policy(defaults)
     return Policy(
         quotas=own_quotas(row.quotas).over(defaults),
         model_roots=None if row.model_roots is None else tuple(row.model_roots),
         allowed_models=None if row.allowed_models is None else tuple(row.allowed_models),
+        own_token=row.own_token,
     )
 
 

@@ -99,6 +99,19 @@ def test_a_model_that_will_fail_is_refused_when_it_is_submitted(api: Api, hub: H
     problem(api.client.post("/v1/jobs", json={**BODY, "model": "org/none"}), 422, "source_not_found")
 
 
+def test_nothing_is_looked_at_that_another_token_fetches_or_that_a_tenant_may_not_use(api: Api, hub: Hub) -> None:
+    """The service's token sees more than its tenants may: what it says is for those alone whom it fetches for."""
+    own = {"X-Hub-Token": "hf_mine"}
+    answer = api.client.post("/v1/jobs?dry_run=true", json=BODY, headers=own).json()
+    assert (answer["not_checked"], answer["estimates"], hub.requests) == ("hub", {}, [])
+    api.admin.patch(f"/v1/admin/tenants/{api.tenant_id}", json={"allowed_models": ["other/*"]})
+    refused = [api.client.post("/v1/jobs", json={**BODY, "model": name}).json() for name in (MODEL, "org/none")]
+    assert [(each["code"], each["detail"]) for each in refused] == [
+        ("source_forbidden", "the tenant may not use this model")
+    ] * 2
+    assert hub.requests == []
+
+
 def test_a_type_without_a_model_class_is_taken_where_weights_are_enough(api: Api, hub: Hub) -> None:
     config = json.dumps({**CONFIG, "model_type": "unheard_of"}).encode()
     hub.repositories[f"models/{MODEL}"]["config.json"] = config

@@ -11,15 +11,16 @@ from sqlalchemy.exc import DBAPIError
 from app.store.attempts import AttemptWriter, Claim, Terms, claim
 from app.store.audit import Actor, audit_page, record, remove_old_entries
 from app.store.clock import seconds_from_now
-from app.store.hub_tokens import Vault, erase_token, has_own_token, keep_token, renew_tokens, token_of
+from app.store.hub_tokens import Vault, erase_token, keep_token, renew_tokens, token_of
 from app.store.jobs import JobRepository
 from app.store.models import Attempt, AuditEntry, HubToken, Tenant
 from app.store.session import Database
+from app.store.tenants import policy_of
 from app.store.usage import add_usage, months_of
 from bitwright.errors import InvalidDataset, InvalidRequest, StorageError, WorkerLost
 from bitwright.job_states import DeviceClass
 from bitwright.money import Money
-from bitwright.tenancy import MonthView
+from bitwright.tenancy import MonthView, Quotas
 from tests.reports import report
 from tests.store.samples import add, artifact, end_back_off, get, succeed, take
 
@@ -93,7 +94,7 @@ def test_a_jobs_token_goes_before_its_tenants_and_ends_with_it(database: Databas
         assert told == [TOKEN, "hf_tenant"]
         assert token_of(session, keys, tenant_id=stranger, job_id=other) is None
         assert token_of(session, keys, tenant_id=stranger, job_id=first) is None, "another tenant's job"
-        assert has_own_token(session, tenant)
+        assert [policy_of(session, each, Quotas()).own_token for each in (tenant, stranger)] == [True, False]
     succeed(database, take(database))
     with database.reading() as session:
         assert session.scalars(select(HubToken.owner)).all() == [tenant]

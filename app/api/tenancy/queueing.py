@@ -10,7 +10,7 @@ from app.domain.inputs.roots import roots_of
 from app.domain.request.job_request import JobRequest
 from app.settings import Settings
 from app.store.audit import record
-from app.store.hub_tokens import TOKEN_FIELD, Vault, has_own_token, keep_token
+from app.store.hub_tokens import TOKEN_FIELD, Vault, keep_token
 from app.store.idempotency import Idempotency
 from app.store.jobs import JobRepository
 from app.store.models import Job
@@ -23,13 +23,10 @@ from bitwright.money import Money
 def policy_and_settings(session: Session, principal: Principal, settings: Settings) -> tuple[Policy, Settings]:
     """The tenant's policy, and the settings as they are for it: with the folders that it may read."""
     policy = policy_of(session, principal.tenant_id, settings.tenant_quotas)
+    if policy.model_roots is None:
+        return policy, settings
     roots = roots_of(settings.model_roots, policy.model_roots)
     return policy, settings.model_copy(update={"model_roots": roots})
-
-
-def has_token(session: Session, principal: Principal, token: str | None) -> bool:
-    """True if the job is fetched with another token than the service's."""
-    return token is not None or has_own_token(session, principal.tenant_id)
 
 
 def queue_job(
