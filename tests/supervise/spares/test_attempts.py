@@ -205,7 +205,7 @@ def test_an_attempt_and_a_spare_have_the_same_variables_but_for_the_jobs_names(w
     started = dict(variable.split("=", 1) for variable in _environ(_attempt_pid(waiting)))
     waiting.bench.cancel(running.claim.job_id)
     running.wait()
-    own = {"BITWRIGHT_REPORT_FD", "HF_HOME"}
+    own = {"BITWRIGHT_REPORT_FD", "HF_HOME", "NUMBA_CACHE_DIR"}
     assert {
         name: value for name, value in started.items() if name not in own | {"BITWRIGHT_JOB_ID", "BITWRIGHT_ATTEMPT"}
     } == {name: value for name, value in born.items() if name not in own}
