@@ -41,6 +41,11 @@ def filled(kernels: Kernels) -> bool:
     return kernels.ready
 
 
+def ended(kernels: Kernels) -> bool:
+    kernels.tend()
+    return kernels._child is None
+
+
 def test_a_child_fills_the_folder_once_and_attempts_get_copies(kernels: Kernels, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     kernels.give(first)
@@ -66,12 +71,7 @@ def test_a_child_that_fails_costs_nothing_but_its_time(
 ) -> None:
     monkeypatch.setenv("TORCH_TEST_EXIT", "1")
     kernels.tend()
-
-    def ended() -> bool:
-        kernels.tend()
-        return kernels._child is None
-
-    wait_for(ended, what="the child's end")
+    wait_for(lambda: ended(kernels), what="the child's end")
     assert not kernels.ready
     assert list((tmp_path / "kernels").iterdir()) == []
     kernels.tend()
