@@ -329,10 +329,12 @@ def test_two_ranks_finetune_a_base_that_each_makes_for_itself(
     assert one.loss_after is not None
     assert one.loss_before is not None
     assert one.loss_after < 0.95 * one.loss_before
-    for found, expected in [(two.loss_before, one.loss_before), (two.loss_after, one.loss_after)]:
-        assert found == pytest.approx(expected, rel=2e-3)
+    # The same numbers until a gradient is summed in another order; from then on a high rate drives bf16 apart.
+    assert two.loss_before == pytest.approx(one.loss_before, rel=1e-6)
+    assert two.losses[0].loss == pytest.approx(one.losses[0].loss, rel=1e-6)
+    assert two.loss_after == pytest.approx(one.loss_after, rel=1e-2)
     for mine, other in zip(two.losses, one.losses, strict=True):
-        assert mine.loss == pytest.approx(other.loss, rel=2e-3)
+        assert mine.loss == pytest.approx(other.loss, rel=1e-2)
 
 
 BUDGETS: list[dict[str, Any]] = [
