@@ -161,8 +161,8 @@ def create_job(
         require_capacity(preflight.request, preflight.estimates, alive)
         if dry_run:
             preflight.warnings += capacity_warnings(preflight.request, preflight.estimates, alive)
-            others = near_by(session, principal.tenant_id, preflight)
     if dry_run:
+        others = near_by(database, principal.tenant_id, preflight)
         view = PreflightView(
             request=preflight.request,
             estimates=preflight.estimates,

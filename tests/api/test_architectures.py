@@ -17,7 +17,7 @@ def test_types_are_listed_with_the_formats_that_they_cannot_have(api: Api) -> No
     assert rows["llama"]["model_class"] == "LlamaForCausalLM"
     assert "gguf" not in rows["llama"]["format_refusals"]
     assert {"compressed-tensors"} == set(rows["gpt2"]["format_refusals"]) & {"gguf", "compressed-tensors"}
-    assert "llama.cpp v0.5.0" in rows["helium"]["format_refusals"]["gguf"]
+    assert "llama.cpp v0.5.0" in rows["opt"]["format_refusals"]["gguf"]
     assert "gemma3n" in found["refused"]
 
 

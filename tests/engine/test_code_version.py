@@ -177,7 +177,8 @@ def test_every_module_that_a_run_can_reach_is_in_the_digest() -> None:
         "workers/methods/sign_round.py",
         "workers/numerics/backends/block_kernels.py",
     } <= modules
-    assert modules - DIGESTED - NO_CODES == set()
+    others = {path for path in modules if path.startswith(("app/limited/", "app/report_page/"))}
+    assert modules - DIGESTED - NO_CODES == others, "children and pages decide no codes"
 
 
 def test_every_method_adapter_and_format_is_in_the_digest() -> None:

@@ -81,6 +81,7 @@ def test_a_worker_counts_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_worker_says_what_keeps_triton_from_working(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity_module, "may_have_gpu", lambda: True)
     monkeypatch.setattr(capacity_module, "_probe", lambda: {"name": "A GPU", "memory": 1 << 30, "count": 1})
     for fault, kernels in ((None, "triton"), ("RuntimeError: Failed to find C compiler.", "torch")):
         monkeypatch.setattr(capacity_module, "_triton_fault", lambda fault=fault: fault)

@@ -3,15 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy.orm import Session
-
 from app.api.submission.preflight import Preflight
 from app.domain.alternatives import Alternative, alternatives
-from app.domain.estimates import estimate
-from app.domain.fit import misfits
 from app.domain.request.job_request import JobRequest
 from app.store.jobs import model_label
 from app.store.measured import Measured, measured_on
+from app.store.session import Database
 from bitwright.views import AlternativeRecord, FigureView
 
 DECIDES = {"smaller": "bytes", "quicker": "seconds", "nearer": "kl"}
@@ -20,17 +17,22 @@ DECIDES = {"smaller": "bytes", "quicker": "seconds", "nearer": "kl"}
 Figures = Sequence[FigureView]
 
 
-def near_by(session: Session, tenant_id: str, preflight: Preflight) -> list[AlternativeRecord[JobRequest]]:
-    """Up to three alternatives; none where nothing was seen of the model."""
-    if preflight.inspection is None or not preflight.estimates:
+def near_by(database: Database, tenant_id: str, preflight: Preflight) -> list[AlternativeRecord[JobRequest]]:
+    """Up to three alternatives; none where nothing was seen of the model.
+
+    Each may take a look at the model, so no transaction may be open.
+    """
+    if preflight.estimated is None or not preflight.estimates:
         return []
-    measured = measured_on(session, tenant_id, model_label(preflight.request.model))
+    with database.reading() as session:
+        measured = measured_on(session, tenant_id, model_label(preflight.request.model))
     asked_for = _figures(preflight.request, preflight.estimates, measured)
     found = []
     for one in alternatives(preflight.request):
-        if misfits(one.request, preflight.inspection):
+        estimates = preflight.estimated(one.request)
+        if not estimates:
             continue
-        figures = _figures(one.request, estimate(one.request, preflight.inspection), measured)
+        figures = _figures(one.request, estimates, measured)
         if _is_better(one, figures, asked_for):
             found.append(
                 AlternativeRecord[JobRequest](

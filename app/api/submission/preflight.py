@@ -1,8 +1,9 @@
 """Checks of a job before it is queued. A dry run shows their result; a real submission refuses the same things."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from app.domain.request.sources import HubDataset, HubModel, LocalModel, LocalTe
 from app.domain.runtimes import described, runtime_limits
 from app.hub.looks import Answer
 from app.inspection.inspector import Inspector
+from app.inspection.lines import Verdict
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.models import Upload
@@ -62,7 +64,7 @@ class Preflight:
     """The request as it will be stored, and what was found out about it.
 
     not_checked   "hub" where the model is there and nobody has looked at it
-    inspection    what was seen of the model; None: nothing
+    estimated     estimates of another request on the same model, empty where it does not fit; None: nothing was seen of it
     """
 
     request: JobRequest
@@ -70,7 +72,7 @@ class Preflight:
     warnings: list[str] = field(default_factory=list)
     problems: list[FieldProblem] = field(default_factory=list)
     not_checked: Literal["hub"] | None = None
-    inspection: Inspection | None = None
+    estimated: Callable[[JobRequest], Mapping[str, Any]] | None = None
 
     def add(self, error: BitwrightError, path: str) -> None:
         """Note an error about the field at `path`."""
@@ -123,7 +125,7 @@ def judge_model(
         preflight.warnings += warnings_of(preflight.request, inspection)
         # Patterns and sizes that do not fit leave nothing to estimate.
         preflight.estimates = {} if preflight.problems else estimate(preflight.request, inspection)
-        preflight.inspection = inspection
+        preflight.estimated = partial(_estimated, inspection)
     elif not looked and request.quantization.asks_for_weights_alone():
         preflight.problems += without_model_problems(request)
     starved = starved_calibration(preflight.request)
@@ -260,7 +262,16 @@ def _inspect(preflight: Preflight, files: CheckpointFiles, inspector: Inspector,
     preflight.problems += verdict.problems
     preflight.warnings += verdict.warnings
     preflight.estimates = {} if preflight.problems else verdict.estimates
+    preflight.estimated = lambda request: _fitting(inspector.look(tenant, request, files))
     return True
+
+
+def _fitting(verdict: Verdict) -> Mapping[str, Any]:
+    return {} if verdict.error is not None or verdict.problems else verdict.estimates
+
+
+def _estimated(inspection: Inspection, request: JobRequest) -> Mapping[str, Any]:
+    return {} if misfits(request, inspection) else estimate(request, inspection)
 
 
 def _seen(preflight: Preflight, seen: Answer | None) -> Inspection | None:

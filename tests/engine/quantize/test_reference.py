@@ -53,7 +53,10 @@ def test_the_row_is_what_a_job_of_round_to_nearest_tells(
     metrics = {line.name: line.value for line in lines if isinstance(line, MetricEvent)}
     assert metrics["perplexity_round_to_nearest"] == found.round_to_nearest.perplexity
     card = (tmp_path / "a" / "output" / "native" / "README.md").read_text()
-    assert f"Round to nearest with the same scheme, on the same text: perplexity {told['perplexity']:.4f}" in card
+    assert "| | original | quantized | round to nearest |" in " ".join(card.split("  ")).replace("|  |", "| |")
+    quality = found.quality
+    figures = (quality.perplexity_original, quality.perplexity, told["perplexity"])
+    assert "| perplexity | " + " | ".join(f"{figure:.4f}" for figure in figures) + " |" in card
 
 
 def test_codes_do_not_depend_on_the_row(small_model: Path, tmp_path: Path) -> None:

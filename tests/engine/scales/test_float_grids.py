@@ -247,7 +247,7 @@ def test_held_out_text_and_other_text_are_closer_by_it(jobs: tuple[str, Finished
     report = tuned.report
     assert report.scales is not None
     assert report.scales.kept
-    assert report.scales.kl < (0.95 if scheme == "nvfp4a16" else 0.98) * report.scales.kl_initial
+    assert report.scales.kl < (0.97 if scheme == "nvfp4a16" else 0.98) * report.scales.kl_initial
     assert report.quality is not None
     assert plain.report.quality is not None
     assert report.quality.kl_divergence < plain.report.quality.kl_divergence
