@@ -64,7 +64,7 @@ class Preflight:
     """The request as it will be stored, and what was found out about it.
 
     not_checked   "hub" where the model is there and nobody has looked at it
-    estimated     estimates of another request on the same model, empty where it does not fit; None: nothing was seen of it
+    estimated     estimates of another request on the model, empty where it does not fit; None: nothing was seen of it
     """
 
     request: JobRequest
