@@ -5,6 +5,8 @@ BitwrightError
 |   |-- MalformedBody         400  malformed_body        not JSON
 |   |-- Unauthenticated       401  unauthenticated       no key, or an unknown or revoked one
 |   |-- MissingScope          403  missing_scope         the key lacks a scope
+|   |-- ForeignPage           403  foreign_page          a form that a page of another site sent
+|   |-- UnknownHost           421  unknown_host          the dashboard under a name that nobody gave it
 |   |-- NotFound              404  not_found             no such id for this tenant
 |   |-- MethodNotAllowed      405  method_not_allowed    the path exists, but not for this method
 |   |-- Conflict              409  conflict              the resource is in another state

@@ -131,9 +131,12 @@ def read_manifest(folder: Path) -> Manifest:
         told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         manifest = Manifest(**told)
     except (OSError, ValueError, TypeError) as error:
-        raise Conflict(f"{folder} holds no finished backup", field="folder", value=str(folder)) from error
+        hint = "name the folder that `bitwright backup` was given, and wait for its end"
+        raise Conflict(f"{folder} holds no finished backup", field="folder", value=str(folder), hint=hint) from error
     if manifest.format != FORMAT:
-        raise Conflict(f"the backup has format {manifest.format}, and this release reads {FORMAT}", field="folder")
+        hint = "restore it with the release that made it, and upgrade then"
+        detail = f"the backup has format {manifest.format}, and this release reads {FORMAT}"
+        raise Conflict(detail, field="folder", value=manifest.format, hint=hint)
     return manifest
 
 
@@ -174,7 +177,8 @@ def _write_rows(connection: Connection, table: Table, folder: Path) -> tuple[int
 def _read_rows(connection: Connection, folder: Path, manifest: Manifest) -> None:
     tables = {table.name: table for table in _tables(connection)}
     if unknown := set(manifest.rows) - set(tables):
-        raise Conflict(f"this database has no table {min(unknown)}", field="folder")
+        hint = "restore it with the release that made it, or a newer one"
+        raise Conflict(f"this database has no table {min(unknown)}", field="folder", value=min(unknown), hint=hint)
     if connection.scalar(select(func.count()).select_from(tables["tenant"])):
         hint = "restore into a new database: BITWRIGHT_DATABASE_URL, or --data-dir of an empty folder"
         raise Conflict("the database has tenants already", field="database_url", hint=hint)

@@ -96,7 +96,8 @@ def migrate(url: str, revision: str = "head") -> None:
         Conflict: this release has no such revision.
     """
     if revision != "head" and revision not in {script.revision for script in _scripts().walk_revisions()}:
-        raise Conflict(f"this release does not know the schema {revision}; use a newer one", value=revision)
+        hint = "use the release that made it, or a newer one"
+        raise Conflict(f"this release does not know the schema {revision}", value=revision, hint=hint)
     engine = _create_engine(url)
     try:
         with _translated(), engine.begin() as connection:

@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, int], str]] =
     "quantized": (large({"quantization_config": {"quant_method": "x"}}), {}, ROOM, "unsupported_architecture"),
     "tensors of eight bits": (large(dtype="F8_E4M3"), {}, ROOM, "unsupported_architecture"),
     "a group size": (large(), {"group_size": 48}, ROOM, "group_size_does_not_divide"),
-    "a format": (large({"model_type": "helium"}), {"formats": ["gguf"]}, ROOM, "format_cannot_hold"),
+    "a format": (large({"model_type": "opt"}), {"formats": ["gguf"]}, ROOM, "format_cannot_hold"),
     "a pattern": (large(), {"quantization": PATTERN}, ROOM, "unknown_module"),
     "memory": (large(), {}, ROOM | TIGHT, "exceeds_capacity"),
     "the whole disk": (large(), {}, ROOM | {"disk_total_bytes": 1 << 32}, "exceeds_capacity"),

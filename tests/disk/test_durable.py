@@ -12,6 +12,7 @@ from unittest.mock import MagicMock, patch
 import pytest
 import torch
 
+from app.store import backup
 from app.store.blobs import FolderBlobs, materialise
 from bitwright.asynchronous import downloads as asynchronous
 from bitwright.blocking import downloads as blocking
@@ -88,6 +89,7 @@ WHOLE: dict[str, Callable[[Path], None]] = {
     "bitwright/blocking/downloads.py::download_artifact": downloading,
     "bitwright/asynchronous/downloads.py::download_artifact": downloading_in_a_loop,
     "bitwright/endpoint.py::save_endpoint": saving,
+    "app/store/backup.py::_write_durably": lambda folder: backup._write_durably(folder / "manifest.json", DATA),
 }
 """If the name is there, so are the bytes; without the name it is made again."""
 ELSEWHERE = {"workers/supervise/base_job.py::base_job_folder"}
@@ -96,6 +98,10 @@ UNPROMISED = {
     "app/store/blobs.py::_moved",  # to a name that nobody looks for, under which it is hashed and synced
     "workers/disk/hub_cache.py::_take_away",  # the folder is about to be deleted
     "workers/tiny_model.py::make_tiny_model",  # of a demonstration
+    "workers/disk/handover.py::hand_over",  # of files that the next attempt is given anew
+    "workers/child/confinement.py::_write",  # for a process of the same attempt
+    "workers/supervise/kernels.py::_take_over",  # made again where it is missing
+    "bitwright/cli/reports.py::save_page",  # downloaded again
 }
 
 
