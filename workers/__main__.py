@@ -9,6 +9,7 @@ from app.settings import settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.ids import new_id
 from app.store.session import Database
+from bitwright.job_states import DeviceClass
 from workers.supervise.capacity import capacity
 from workers.supervise.celery_app import run_worker
 from workers.supervise.context import WorkerContext
@@ -34,7 +35,8 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
         return 2
     database, reader = Database(settings.database_url), WarmReader(settings.workspace_dir)
     worker_id = f"{settings.worker_name}.{new_id('wrk')}"
-    kernels = Kernels(settings.kernel_dir, float(settings.lease_seconds))
+    on_cpu = machine.device is DeviceClass.CPU  # nothing else runs compiled loops
+    kernels = Kernels(settings.kernel_dir, float(settings.lease_seconds)) if on_cpu else None
     spares = Spares(attempt_module, worker_id, settings, machine, kernels)
     context = WorkerContext(
         worker_id=worker_id,
@@ -52,7 +54,8 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
         run_worker(context)
     finally:
         spares.close()
-        kernels.close()
+        if kernels is not None:
+            kernels.close()
         reader.close()
         database.close()
     return 0
