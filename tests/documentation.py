@@ -105,6 +105,7 @@ FOLDERS = MappingProxyType(
         "workers/numerics/blocks": "llama.cpp's block types: levels, and the search of their scales",
         "workers/numerics/backends": "Triton kernels beside their twins in torch",
         "workers/numerics/floats": "FP8 and FP4: tables, scales, learned rounding, inputs rounded to them",
+        "workers/numerics/loops": "Loops that Numba compiles: the quantizer, and what lies between products",
         "migrations": "Alembic",
         "migrations/versions": "One file per change of the tables",
         "benchmarks": "Measurements side by side; never part of the tests",

@@ -68,7 +68,8 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
         run_worker(context)
     finally:
         spares.close()
-        kernels.close()
+        if kernels is not None:
+            kernels.close()
         reader.close()
         database.close()
     return 0

@@ -2,7 +2,7 @@
 
 What is compiled is kept only where whoever started the process says so (`NUMBA_CACHE_DIR`): the cache does not see
 that a loop calls another file's, so that its folder has to belong to one version of the code
-(`workers.disk.kernel_folder`).
+(`workers.supervise.kernels`).
 """
 
 from collections.abc import Callable
