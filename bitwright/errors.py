@@ -65,8 +65,7 @@ BitwrightError
 from enum import StrEnum
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from bitwright.field_problem import FieldProblem as FieldProblem  # noqa: PLC0414 (the same)
 from bitwright.frontier import FrontierPoint
 from bitwright.shortening import shorten as shorten  # noqa: PLC0414 (others have it from here)
 
@@ -77,17 +76,6 @@ class Retry(StrEnum):
     NEVER = "never"
     SMALLER = "smaller"  # one more attempt, with smaller micro-batches
     LATER = "later"  # back to the queue after a delay, while retries remain
-
-
-class FieldProblem(BaseModel):
-    """One problem of a request: field, value and the way out."""
-
-    model_config = ConfigDict(frozen=True)
-
-    field: str = Field(description="Path of the field in the request body, dotted.", examples=["quantization.bits"])
-    code: str = Field(description="Stable code of the problem.", examples=["out_of_range"])
-    detail: str = Field(description="What is wrong and how to mend it, in one sentence.")
-    value: object = Field(default=None, description="What was sent, shortened to 200 characters.")
 
 
 class BitwrightError(Exception):

@@ -52,7 +52,7 @@ NONSENSE = {
     "host": ["http://127.0.0.1", "127.0.0.1:8080", "[::1]", "ho st", "256.1.1.1", "-dash", "a..b", "x" * 300],
     "port": ["seventy", "-1", "70000", "80.5", "tcp://10.0.0.1:8080"],
     "dashboard": ["maybe", "2"],
-    "page_hosts": ["http://name", "name:8080", "two words", "good.example, b@d"],
+    "page_hosts": ["http://name", "name:8080", "a/b", "good.example, b@d"],
     "max_body_bytes": ["1MB", "0", "-1", "1e99"],
     "max_upload_bytes": ["200 GiB", "0", str(1 << 60)],
     "max_streams_of_key": ["0", "many", "1000001"],

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 
 from app.cli.api_server import EXIT_HANGING
 from app.domain.access import Scope
@@ -73,6 +74,7 @@ def test_it_ends_within_seconds_and_tells_streams_when_to_come_back(sqlite_url: 
     database.close()
 
 
+@pytest.mark.slow
 def test_a_thread_that_hangs_does_not_keep_it(sqlite_url: str, tmp_path: Path) -> None:
     process, address = start(sqlite_url, tmp_path, "-c", HANGING)
     with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:

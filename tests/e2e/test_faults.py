@@ -83,6 +83,7 @@ def assert_one_after_another(spans: list[tuple[datetime, datetime | None]]) -> N
         assert ended <= started
 
 
+@pytest.mark.slow
 def test_a_killed_broker_delays_and_loses_nothing(installed: Installation) -> None:
     first = installed.submit("block,sleep:2,file:a.json:{}")
     installed.wait_for_status(first, "running")
@@ -120,6 +121,7 @@ def test_cancel_by_http_frees_the_process_in_five_seconds(installed: Installatio
     assert installed["worker0"].running()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_asked_to_end_gives_its_job_back(installed: Installation) -> None:
     job_id = installed.submit("once:hang," + GOOD)
     installed.log_event(job_id, "hanging")

@@ -50,6 +50,7 @@ def test_the_transitions_of_a_job() -> None:
 
 OWNED = {
     "api_key": {"tenant"},
+    "page_session": {"api_key", "tenant"},
     "artifact": {"tenant", "job"},
     "attempt": {"tenant", "job"},
     "audit": set(),

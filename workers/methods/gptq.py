@@ -176,7 +176,7 @@ class _Done(Exception):
 
 
 def _at_once(task: BlockTask) -> bool:
-    """Whether all sequences can go through the block together: what its linears read and write is a quarter of a GPU.
+    """True if all sequences can go through the block together: what its linears read and write is a quarter of a GPU.
 
     A rule that does not look at the memory that happens to be free, so that a job computes the same again.
     """

@@ -50,6 +50,7 @@ def test_the_files_are_read_where_the_export_asks_for_it(
     assert "verify" not in unasked.seconds
 
 
+@pytest.mark.slow
 def test_an_adapter_is_read_beside_its_base(tmp_path: Path, reads: dict[str, Any]) -> None:
     source = tiny_llama(tmp_path / "source")
     write_quantized(source, tmp_path / "base" / "native", ExportFormat.NATIVE, [codebook_made(4, 32, rank=2)])

@@ -36,6 +36,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
 TUNED = {"method": "signround", "steps": 1}
 
 
+@pytest.mark.slow
 def test_a_job_that_tunes_nothing_is_computed_beside_the_reading_and_writes_no_checkpoint_after_a_fault(
     small_model: Path, tmp_path: Path, reads: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

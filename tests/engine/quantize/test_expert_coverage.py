@@ -62,6 +62,7 @@ def divergence(report: Report) -> float:
     return report.quality.kl_divergence
 
 
+@pytest.mark.slow
 def test_learned_rounding_beats_the_nearest_and_every_expert_is_counted(tmp_path: Path) -> None:
     model = tiny_experts_folder()
     nearest, _ = job(model, tmp_path / "rtn", method="rtn")

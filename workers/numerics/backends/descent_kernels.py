@@ -206,7 +206,7 @@ def _move_levels(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _moved(wanted, WHOLE: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What can be stored that is nearest to `wanted`."""
+    """The number nearest to `wanted` that can be stored."""
     if WHOLE:
         code = tl.minimum(tl.maximum(_to_whole((wanted - FIRST) / STEP), 0.0), MOST * 1.0)
         after = code * STEP + FIRST

@@ -87,7 +87,7 @@ class _State:
         return cls(kind, hessian, levels, numbers, scale.clone(), minimum_numbers, minimum.clone(), pull)
 
     def moving(self) -> tuple[Tensor, ...]:
-        """What changes in a sweep, in the order of the fields."""
+        """Tensors that change in a sweep, in the order of the fields."""
         return self.levels, self.numbers, self.scale, self.minimum_numbers, self.minimum, self.pull
 
     def turned(self) -> "_State":

@@ -209,7 +209,7 @@ def _second_scale(numbers: Tensor, weights: Tensor, integers: SmallIntegers) -> 
 
 
 def second_divisors(integers: SmallIntegers) -> list[float]:
-    """What the widest number of a block is divided by for trials of its scale."""
+    """Divisors of the widest number of a block for trials of its scale."""
     last = integers.first + integers.step * integers.largest
     edge = integers.first if abs(integers.first) > abs(last) else last
     steps = (trial - SECOND_TRIALS // 2 for trial in range(SECOND_TRIALS))

@@ -11,7 +11,7 @@ from workers.numerics.quantized import BlockWeight
 
 
 def empty_weight(weight: Tensor, scheme: Scheme) -> BlockWeight:
-    """What a weight (out, in) becomes in a type whose blocks divide its rows, before anything is known of it."""
+    """A weight (out, in) in a type whose blocks divide its rows, before anything is known of it."""
     kind = scheme.blocks
     assert kind is not None  # noqa: S101 - for the type checker
     rows, columns = weight.shape
