@@ -3,14 +3,17 @@
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, SecretStr
+from pydantic import BeforeValidator, ConfigDict, Field, SecretStr
 
 from bitwright.money import Money
 from bitwright.views import View
+from bitwright.whole_numbers import with_whole_numbers
 
 MAX_OVERLAP_SECONDS = 30 * 86_400
-Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
-Bytes = Annotated[int, Field(strict=True, ge=0, le=1 << 60)]
+Whole = Annotated[int, BeforeValidator(with_whole_numbers)]
+"""An integer, also one that JSON writes with a point."""
+Count = Annotated[Whole, Field(strict=True, ge=0, le=10**9)]
+Bytes = Annotated[Whole, Field(strict=True, ge=0, le=1 << 60)]
 ScopeName = Literal["read", "submit", "admin"]
 TOKEN_PATTERN = "^[!-~]{1,500}$"  # noqa: S105 (of any token)
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.@-]{0,99}$"
@@ -30,7 +33,7 @@ class Quotas(View):
     uploads: Count | None = Field(default=None, description="Uploads, open or complete.")
     streams: Count | None = Field(default=None, description="Event streams that one process serves it.")
     posts_per_minute: Count | None = Field(default=None, description="POST requests within a minute.")
-    max_priority: Annotated[int, Field(strict=True, ge=-100, le=100)] | None = Field(
+    max_priority: Annotated[Whole, Field(strict=True, ge=-100, le=100)] | None = Field(
         default=None, description="Highest priority of a job."
     )
 
@@ -115,7 +118,7 @@ class RotationRequest(View):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    overlap_seconds: int = Field(
+    overlap_seconds: Whole = Field(
         default=86_400, strict=True, ge=0, le=MAX_OVERLAP_SECONDS, description="So long the old key is still valid."
     )
 

@@ -26,7 +26,7 @@ from bitwright.retries import RetryPolicy
 from tests.servers import free_port
 from tests.supervise.bench import alive, wait_for
 
-READERS = ("app.limited.launch", "workers.child.host")
+READERS = ("app.limited.launch", "workers.child.host", "workers.child.kernels")
 """Modules of a worker's reading child."""
 
 
