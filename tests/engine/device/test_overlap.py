@@ -114,7 +114,7 @@ def test_a_block_is_tuned_while_the_next_is_read_and_the_last_written(
         assert timeline.first("begun", block) < written < timeline.first("told its progress", block)
         assert written < timeline.first("ended", block)
     assert [line.index for line in lines if isinstance(line, BlockEvent)] == [0, 1, 2]
-    assert report.seconds["total"] == pytest.approx(wall, abs=0.05 * wall)
+    assert report.seconds["total"] == pytest.approx(wall, abs=0.05 * wall + 0.2)
     assert report.seconds["quantize"] > 1.0, "whoever waits counts the time"
 
 
