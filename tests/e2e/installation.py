@@ -27,7 +27,7 @@ from tests.servers import free_port
 from tests.supervise.bench import alive, wait_for
 
 READERS = ("app.limited.launch", "workers.child.host", "workers.child.kernels")
-"""Modules of a worker's reading child."""
+"""Modules of the children that are a worker's own: the one that reads, and the one that compiles."""
 
 
 def children(pid: int) -> Iterator[int]:
