@@ -58,6 +58,8 @@ FOLDERS = MappingProxyType(
         "app/domain/inputs": "Checks of files that strangers send",
         "app/domain/inputs/quantized": "Quantized sources by their headers: which tensors mean which weight",
         "app/store": "SQLAlchemy; the only place with SQL",
+        "app/store/tenancy": "Tenants, keys, quotas, use, audit, tokens, sessions",
+        "app/store/upkeep": "Backup, restore, garbage",
         "app/report_page": "A report as one self-contained page: figures, charts as SVG",
         "app/hub": "Looks at repositories on the Hub, without fetching them",
         "app/limited": "A child process with limits for what strangers send: no network, its end is a result",

@@ -20,13 +20,13 @@ import structlog
 from app.logs import configure_logging
 from app.queue import notify_workers, silence
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
-from app.store.audit import REMOVED_AT_ONCE, remove_old_entries
 from app.store.blobs import BlobStore, open_blobs
 from app.store.endings import requeue_lost
-from app.store.garbage import ROWS_A_TRANSACTION, collect_blobs, remove_expired_keys, remove_old_jobs
 from app.store.ids import new_id
-from app.store.page_sessions import remove_expired_sessions
 from app.store.session import Database
+from app.store.tenancy.audit import REMOVED_AT_ONCE, remove_old_entries
+from app.store.tenancy.page_sessions import remove_expired_sessions
+from app.store.upkeep.garbage import ROWS_A_TRANSACTION, collect_blobs, remove_expired_keys, remove_old_jobs
 from app.store.uploads import remove_expired_uploads
 from app.store.workers import forget_workers, list_workers, live_classes, sweep_lease, waiting
 from bitwright.errors import Unavailable

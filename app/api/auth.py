@@ -9,7 +9,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from app.api.deps import StateOf
 from app.api.tenancy.admission import count_post
 from app.domain.access import Principal, Scope
-from app.store.keys import authenticate
+from app.store.tenancy.keys import authenticate
 from bitwright.errors import MissingScope, Unauthenticated
 
 bearer = HTTPBearer(

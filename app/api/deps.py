@@ -19,9 +19,9 @@ from app.api.tenancy.later import WrittenLater
 from app.inspection.inspector import Inspector
 from app.settings import Settings
 from app.store.blobs import BlobStore
-from app.store.hub_tokens import Vault
 from app.store.idempotency import KEY_SHAPE
 from app.store.session import Database
+from app.store.tenancy.hub_tokens import Vault
 from app.store.waiting import Place
 from bitwright.tenancy import TOKEN_PATTERN
 

@@ -41,15 +41,15 @@ from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import LocalModel
 from app.queue import notify_workers
 from app.store.artifacts import ArtifactRepository
-from app.store.audit import record
-from app.store.hub_tokens import TOKEN_FIELD, checked_token, keep_token
 from app.store.idempotency import Idempotency
 from app.store.ids import id_pattern
 from app.store.job_pages import JobFilters
 from app.store.jobs import JobRepository
 from app.store.models import Job
-from app.store.quotas import require_queue_room
 from app.store.session import Database
+from app.store.tenancy.audit import record
+from app.store.tenancy.hub_tokens import TOKEN_FIELD, checked_token, keep_token
+from app.store.tenancy.quotas import require_queue_room
 from app.store.uploads import UploadRepository
 from app.store.waiting import Place
 from app.store.workers import list_workers, live_classes

@@ -30,10 +30,10 @@ from app.logs import configure_logging
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.events import StoredEvent, events_after
-from app.store.hub_tokens import Vault
 from app.store.jobs import count_by_status
-from app.store.keys import good_keys
 from app.store.session import REQUESTS, Database
+from app.store.tenancy.hub_tokens import Vault
+from app.store.tenancy.keys import good_keys
 from app.store.waiting import Place, places
 
 MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health)

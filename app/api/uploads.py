@@ -20,16 +20,16 @@ from app.domain.inputs.foreign_files import PICKLED, foreign_files, gguf_file
 from app.domain.inputs.inspection import CONFIG, is_plain_name
 from app.domain.inputs.jsonl import check_jsonl
 from app.settings import Settings
-from app.store.audit import record
 from app.store.blobs import BlobStore, blob_folder
 from app.store.idempotency import Idempotency
 from app.store.ids import id_pattern
 from app.store.models import Upload, UploadFile
-from app.store.quotas import require_upload_room
 from app.store.session import Database
-from app.store.tenants import policy_of
+from app.store.tenancy.audit import record
+from app.store.tenancy.quotas import require_upload_room
+from app.store.tenancy.tenants import policy_of
+from app.store.tenancy.usage import add_usage
 from app.store.uploads import SEND_THE_REST, NewUploadFile, UploadRepository
-from app.store.usage import add_usage
 from bitwright.errors import (
     BodyTooLarge,
     Conflict,

@@ -20,9 +20,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def backup(folder: FolderArgument, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
     """Copy the database and all blobs into a folder while the service runs; a second time, of the blobs what is new."""
-    from app.store.backup import back_up  # noqa: PLC0415 (needs the `api` extra)
     from app.store.blobs import open_blobs  # noqa: PLC0415
     from app.store.session import Database  # noqa: PLC0415
+    from app.store.upkeep.backup import back_up  # noqa: PLC0415 (needs the `api` extra)
 
     settings = use_data_dir(data_dir)
     database = Database(settings.database_url)
@@ -41,8 +41,8 @@ def backup(folder: FolderArgument, data_dir: DataDirOption = None, as_json: Json
 
 def restore(folder: FolderArgument, data_dir: DataDirOption = None) -> None:
     """Bring a backup into a new database and the blob store. The database may be of the other kind."""
-    from app.store.backup import restore as bring_back  # noqa: PLC0415 (needs the `api` extra)
     from app.store.blobs import open_blobs  # noqa: PLC0415
+    from app.store.upkeep.backup import restore as bring_back  # noqa: PLC0415 (needs the `api` extra)
 
     settings = use_data_dir(data_dir)
     keep_private(settings)
@@ -58,8 +58,8 @@ def gc(
 ) -> None:
     """Delete now what a sweep deletes every ten minutes: expired uploads and jobs, and bytes that nothing names."""
     from app.store.blobs import open_blobs  # noqa: PLC0415 (needs the `api` extra)
-    from app.store.garbage import collect_blobs, count_old_jobs, remove_old_jobs, unnamed_blobs  # noqa: PLC0415
     from app.store.session import Database  # noqa: PLC0415
+    from app.store.upkeep.garbage import collect_blobs, count_old_jobs, remove_old_jobs, unnamed_blobs  # noqa: PLC0415
     from app.store.uploads import count_expired_uploads, remove_expired_uploads  # noqa: PLC0415
 
     settings = use_data_dir(data_dir)

@@ -39,8 +39,8 @@ def create(
     data_dir: DataDirOption = None,
 ) -> None:
     """Make a key and print it. It cannot be shown again."""
-    from app.store.audit import Actor, record  # noqa: PLC0415 (needs the `api` extra)
-    from app.store.keys import ensure_tenant, issue_key  # noqa: PLC0415
+    from app.store.tenancy.audit import Actor, record  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.tenancy.keys import ensure_tenant, issue_key  # noqa: PLC0415
 
     seconds = None if expires_in_days is None else expires_in_days * DAY
     with opened_database(data_dir) as database, database.transaction() as session:
@@ -63,8 +63,8 @@ def rotate(
     data_dir: DataDirOption = None,
 ) -> None:
     """Make a key in place of another one, which is valid until the overlap ends, and print it."""
-    from app.store.audit import Actor, record  # noqa: PLC0415 (needs the `api` extra)
-    from app.store.keys import rotate_key  # noqa: PLC0415
+    from app.store.tenancy.audit import Actor, record  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.tenancy.keys import rotate_key  # noqa: PLC0415
 
     with opened_database(data_dir) as database, database.transaction() as session:
         owner = _owner(session, tenant)
@@ -77,7 +77,7 @@ def rotate(
 @app.command("list")
 def list_keys(tenant: TenantOption = DEFAULT_TENANT, data_dir: DataDirOption = None) -> None:
     """List keys, revoked ones too; one line each, divided by tabs, when that is not for a terminal."""
-    from app.store.keys import list_keys  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.tenancy.keys import list_keys  # noqa: PLC0415 (needs the `api` extra)
 
     console, table = out(), Table(box=None, pad_edge=False)
     for column in ("key", "starts with", "name", "scopes", "created", "revoked", "expires", "last used"):
@@ -99,8 +99,8 @@ def revoke(
     data_dir: DataDirOption = None,
 ) -> None:
     """End a key's life at once."""
-    from app.store.audit import Actor, record  # noqa: PLC0415 (needs the `api` extra)
-    from app.store.keys import revoke_key  # noqa: PLC0415
+    from app.store.tenancy.audit import Actor, record  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.tenancy.keys import revoke_key  # noqa: PLC0415
 
     with opened_database(data_dir) as database, database.transaction() as session:
         owner = _owner(session, tenant)
@@ -111,6 +111,6 @@ def revoke(
 
 def _owner(session: "Session", name: str) -> "Tenant":
     """The tenant of this name. The default one is made where it is missing; a slip in another name makes none."""
-    from app.store.keys import ensure_tenant, find_tenant  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.tenancy.keys import ensure_tenant, find_tenant  # noqa: PLC0415 (needs the `api` extra)
 
     return (ensure_tenant if name == DEFAULT_TENANT else find_tenant)(session, name)

@@ -86,8 +86,8 @@ def _service_programs(*, with_worker: bool) -> list[Program]:
 
 def _prepare_database(settings: Settings) -> tuple[str, bool]:
     """Newest schema, and a key for this user: the stored one if it is still good, else a new one (then True)."""
-    from app.store.keys import authenticate, ensure_tenant, issue_key  # noqa: PLC0415 (needs the `api` extra)
     from app.store.session import Database, migrate  # noqa: PLC0415
+    from app.store.tenancy.keys import authenticate, ensure_tenant, issue_key  # noqa: PLC0415 (needs the `api` extra)
 
     migrate(settings.database_url)
     database = Database(settings.database_url)

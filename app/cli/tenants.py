@@ -53,7 +53,7 @@ def create(
     data_dir: DataDirOption = None,
 ) -> None:
     """Make a tenant and print its id. `bitwright keys create --tenant NAME` makes its first key."""
-    from app.store.tenants import create_tenant  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.tenancy.tenants import create_tenant  # noqa: PLC0415 (needs the `api` extra)
 
     fields = {"name": name, "quotas": _quotas(quota), "allowed_models": allow_model, "model_roots": model_root}
     asked = _valid(TenantRequest, fields)
@@ -95,8 +95,8 @@ def resume(name: NameArgument, data_dir: DataDirOption = None) -> None:
 @app.command()
 def delete(name: NameArgument, data_dir: DataDirOption = None) -> None:
     """Remove a tenant that has no job and no upload, with its keys and its use."""
-    from app.store.keys import find_tenant  # noqa: PLC0415 (needs the `api` extra)
-    from app.store.tenants import delete_tenant  # noqa: PLC0415
+    from app.store.tenancy.keys import find_tenant  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.tenancy.tenants import delete_tenant  # noqa: PLC0415
 
     with opened_database(data_dir) as database, database.transaction() as session:
         tenant = find_tenant(session, name)
@@ -110,8 +110,8 @@ def list_tenants(data_dir: DataDirOption = None) -> None:
     """List tenants with their quotas and what they use; one line each, divided by tabs, when that is not for a
     terminal.
     """
-    from app.store.quotas import used_by  # noqa: PLC0415 (needs the `api` extra)
-    from app.store.tenants import own_quotas, tenants_page  # noqa: PLC0415
+    from app.store.tenancy.quotas import used_by  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.tenancy.tenants import own_quotas, tenants_page  # noqa: PLC0415
 
     console, table = out(), Table(box=None, pad_edge=False)
     for column in ("tenant", "id", "suspended", "queued", "running", "bytes", "own quotas"):
@@ -138,8 +138,8 @@ def usage(name: NameArgument, data_dir: DataDirOption = None) -> None:
     """List what a tenant used, a line for each month, divided by tabs: month, jobs, seconds of GPUs and of CPUs, bytes
     uploaded, made and downloaded, and money.
     """
-    from app.store.keys import find_tenant  # noqa: PLC0415 (needs the `api` extra)
-    from app.store.usage import months_of  # noqa: PLC0415
+    from app.store.tenancy.keys import find_tenant  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.tenancy.usage import months_of  # noqa: PLC0415
 
     with opened_database(data_dir) as database, database.reading() as session:
         months = months_of(session, find_tenant(session, name).id, get_settings().price_currency)
@@ -157,8 +157,8 @@ def hub_token(
     data_dir: DataDirOption = None,
 ) -> None:
     """Keep a Hub token of a tenant, read from standard input, encrypted; it fetches in place of the service's."""
-    from app.store.hub_tokens import Vault, checked_token, erase_token, keep_token  # noqa: PLC0415 (`api` extra)
-    from app.store.keys import find_tenant  # noqa: PLC0415
+    from app.store.tenancy.hub_tokens import Vault, checked_token, erase_token, keep_token  # noqa: PLC0415 (`api` extra)
+    from app.store.tenancy.keys import find_tenant  # noqa: PLC0415
 
     if not erase and sys.stdin.isatty():
         err().print("the token, then Enter:")
@@ -184,7 +184,7 @@ def token_key() -> None:
 @app.command("renew-tokens")
 def renew(data_dir: DataDirOption = None) -> None:
     """Encrypt all kept Hub tokens with the first of BITWRIGHT_TOKEN_KEYS, so that the others can go."""
-    from app.store.hub_tokens import Vault, renew_tokens  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.tenancy.hub_tokens import Vault, renew_tokens  # noqa: PLC0415 (needs the `api` extra)
 
     with opened_database(data_dir) as database, database.transaction() as session:
         count = renew_tokens(session, Vault(get_settings().token_keys))
@@ -192,8 +192,8 @@ def renew(data_dir: DataDirOption = None) -> None:
 
 
 def _change(name: str, asked: TenantChange, data_dir: DataDirOption) -> None:
-    from app.store.keys import find_tenant  # noqa: PLC0415 (needs the `api` extra)
-    from app.store.tenants import change_tenant  # noqa: PLC0415
+    from app.store.tenancy.keys import find_tenant  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.tenancy.tenants import change_tenant  # noqa: PLC0415
 
     with opened_database(data_dir) as database, database.transaction() as session:
         tenant = change_tenant(session, find_tenant(session, name).id, asked)
@@ -202,7 +202,7 @@ def _change(name: str, asked: TenantChange, data_dir: DataDirOption) -> None:
 
 
 def _record(session: "Session", tenant: "Tenant", action: str) -> None:
-    from app.store.audit import Actor, record  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.tenancy.audit import Actor, record  # noqa: PLC0415 (needs the `api` extra)
 
     record(session, Actor(tenant.id), action, tenant.id, {"name": tenant.name})
 

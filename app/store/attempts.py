@@ -22,7 +22,7 @@ from app.store.endings import close_attempt, end_with_error
 from app.store.ids import new_id
 from app.store.models import Artifact, Attempt, Event, Job, Tenant
 from app.store.status import NOT_RUNNING, enter
-from app.store.usage import CURRENCY, add_usage, job_cost
+from app.store.tenancy.usage import CURRENCY, add_usage, job_cost
 from bitwright.errors import AttemptSuperseded, BitwrightError, InvalidRequest
 from bitwright.events import BlockEvent, CheckpointEvent, ProgressEvent
 from bitwright.job_states import FINAL_STATUSES, DeviceClass, JobStatus

@@ -1,7 +1,8 @@
 """Bytes by their sha256: in a local folder or in a bucket, behind one protocol.
 
 A blob's name is made of 64 hexadecimal digits and nothing else, so no name can lead out of the store. A blob is
-complete or absent, never half there. References to blobs are rows of the database; `app.store.garbage` frees the rest.
+complete or absent, never half there. References to blobs are rows of the database; `app.store.upkeep.garbage` frees
+the rest.
 """
 
 import errno

@@ -10,7 +10,7 @@ from app.store.clock import now, seconds_from_now
 from app.store.documents import document
 from app.store.models import Attempt, Job
 from app.store.status import NOT_RUNNING, enter
-from app.store.usage import count_attempt
+from app.store.tenancy.usage import count_attempt
 from bitwright.errors import BitwrightError, Retry, WorkerLost
 from bitwright.events import ErrorData
 from bitwright.job_states import JobStatus

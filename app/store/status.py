@@ -9,9 +9,9 @@ from sqlalchemy.orm import Session
 from app.domain.job_states import TRANSITIONS
 from app.store.clock import now
 from app.store.documents import document
-from app.store.hub_tokens import erase_token
 from app.store.models import Event, Job
-from app.store.usage import add_usage
+from app.store.tenancy.hub_tokens import erase_token
+from app.store.tenancy.usage import add_usage
 from bitwright.events import ErrorData, StatusEvent
 from bitwright.job_states import FINAL_STATUSES, JobStatus
 

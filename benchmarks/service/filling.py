@@ -17,9 +17,9 @@ from sqlalchemy import Connection, Engine, insert, text
 
 from app.domain.request.job_request import JobRequest
 from app.store.ids import ALPHABET
-from app.store.keys import ensure_tenant
 from app.store.models import Base, Job, JobLabel
 from app.store.session import Database, migrate
+from app.store.tenancy.keys import ensure_tenant
 
 ROWS = 5000
 STATUSES = ["succeeded"] * 899 + ["failed"] * 70 + ["cancelled"] * 30 + ["queued"]

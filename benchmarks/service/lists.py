@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 
 from app.domain.access import Scope
-from app.store.keys import ensure_tenant, issue_key
 from app.store.session import Database
+from app.store.tenancy.keys import ensure_tenant, issue_key
 from benchmarks.service.running import running_api
 
 MANY = {f"metadata.n{number}": "x" for number in range(13)}

@@ -15,8 +15,8 @@ from app.domain.attempt_lines import AttemptEvent
 from app.settings import Settings
 from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
 from app.store.blobs import open_blobs
-from app.store.keys import ensure_tenant, issue_key
 from app.store.session import Database
+from app.store.tenancy.keys import ensure_tenant, issue_key
 from bitwright.errors import BitwrightError, RequirementMissed
 from bitwright.job_states import DeviceClass
 from tests.reports import report

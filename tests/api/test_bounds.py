@@ -13,7 +13,7 @@ from app.api.event_feed import EventFeed
 from app.api.event_stream import RETRY, JobEvents, stream_events
 from app.api.main import create_app
 from app.api.submission.kept import Kept
-from app.store.keys import good_keys, issue_key, revoke_key
+from app.store.tenancy.keys import good_keys, issue_key, revoke_key
 from bitwright.errors import TooManyRequests
 from tests.api.conftest import Api, problem
 

@@ -5,7 +5,7 @@ from starlette.testclient import TestClient
 
 from app.api.main import create_app
 from app.settings import Settings
-from app.store.keys import list_keys, revoke_key
+from app.store.tenancy.keys import list_keys, revoke_key
 from tests.api.conftest import SHORTHAND, Api, problem
 
 

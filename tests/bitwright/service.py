@@ -19,8 +19,8 @@ from app.domain.attempt_lines import AttemptEvent
 from app.settings import Settings
 from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
 from app.store.blobs import BlobStore, open_blobs
-from app.store.keys import ensure_tenant, issue_key
 from app.store.session import Database, migrate
+from app.store.tenancy.keys import ensure_tenant, issue_key
 from bitwright import AsyncBitwright, AsyncClient, Bitwright, Client, RetryPolicy
 from bitwright.errors import BitwrightError
 from bitwright.job_states import DeviceClass

@@ -12,8 +12,8 @@ import pytest
 
 from app.cli.api_server import EXIT_HANGING
 from app.domain.access import Scope
-from app.store.keys import ensure_tenant, issue_key
 from app.store.session import Database
+from app.store.tenancy.keys import ensure_tenant, issue_key
 from tests import servers
 from tests.cli.processes import command, eventually
 

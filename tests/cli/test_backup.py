@@ -8,11 +8,11 @@ from sqlalchemy import update
 
 from app.store.blobs import FolderBlobs
 from app.store.clock import seconds_from_now
-from app.store.garbage import GRACE_SECONDS
 from app.store.jobs import JobRepository
-from app.store.keys import ensure_tenant
 from app.store.models import Job, Upload
 from app.store.session import Database
+from app.store.tenancy.keys import ensure_tenant
+from app.store.upkeep.garbage import GRACE_SECONDS
 from app.store.uploads import NewUploadFile, UploadRepository
 from bitwright.errors import NotFound
 from tests.cli.processes import command

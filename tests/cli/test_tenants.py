@@ -6,9 +6,9 @@ import pytest
 from cryptography.fernet import Fernet
 from sqlalchemy import select
 
-from app.store.hub_tokens import Vault, token_of
 from app.store.models import AuditEntry, HubToken, Tenant
 from app.store.session import Database
+from app.store.tenancy.hub_tokens import Vault, token_of
 from tests.cli.processes import command
 
 TOKEN = "hf_" + "C" * 34

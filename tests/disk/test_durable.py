@@ -12,8 +12,8 @@ from unittest.mock import MagicMock, patch
 import pytest
 import torch
 
-from app.store import backup
 from app.store.blobs import FolderBlobs, materialise
+from app.store.upkeep import backup
 from bitwright.asynchronous import downloads as asynchronous
 from bitwright.blocking import downloads as blocking
 from bitwright.downloads import PartialFile, ignore_bytes
@@ -89,7 +89,7 @@ WHOLE: dict[str, Callable[[Path], None]] = {
     "bitwright/blocking/downloads.py::download_artifact": downloading,
     "bitwright/asynchronous/downloads.py::download_artifact": downloading_in_a_loop,
     "bitwright/endpoint.py::save_endpoint": saving,
-    "app/store/backup.py::_write_durably": lambda folder: backup._write_durably(folder / "manifest.json", DATA),
+    "app/store/upkeep/backup.py::_write_durably": lambda folder: backup._write_durably(folder / "manifest.json", DATA),
 }
 """If the name is there, so are the bytes; without the name it is made again."""
 ELSEWHERE = {"workers/supervise/base_job.py::base_job_folder"}

@@ -63,8 +63,8 @@ def test_the_store_tells_what_waits_and_who_stores(tmp_path: Path, sqlite_url: s
     from sqlalchemy import update
 
     from app.store.clock import seconds_from_now
-    from app.store.keys import ensure_tenant
     from app.store.models import Job
+    from app.store.tenancy.keys import ensure_tenant
     from app.store.workers import register
     from bitwright.job_states import DeviceClass
     from tests.store.samples import add, artifact, succeed, take

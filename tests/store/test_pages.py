@@ -13,11 +13,11 @@ from app.store.attempts import AttemptWriter, NewArtifact, claim
 from app.store.clock import now, seconds_between, seconds_from_now
 from app.store.events import EventRepository
 from app.store.jobs import JobRepository
-from app.store.keys import issue_key, revoke_key
 from app.store.models import Attempt, PageSession
-from app.store.page_sessions import end_session, find_session, open_session, remove_expired_sessions
 from app.store.session import Database
-from app.store.totals import models_of, usage_of
+from app.store.tenancy.keys import issue_key, revoke_key
+from app.store.tenancy.page_sessions import end_session, find_session, open_session, remove_expired_sessions
+from app.store.tenancy.totals import models_of, usage_of
 from bitwright.events import LogEvent, MetricEvent, WarningEvent
 from bitwright.job_states import DeviceClass, JobStatus
 from tests.reports import report

@@ -10,9 +10,9 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, Operation
 
 from app.store.attempts import AttemptWriter
 from app.store.events import EventRepository
-from app.store.keys import ensure_tenant
 from app.store.models import Tenant
 from app.store.session import REQUESTS, TO_JSON, Bounds, Database
+from app.store.tenancy.keys import ensure_tenant
 from bitwright.errors import Unavailable
 from tests.store.samples import add, block, get, progress, take, tell
 

@@ -15,9 +15,9 @@ from app.store.blobs import FolderBlobs
 from app.store.events import EventRepository
 from app.store.ids import new_id
 from app.store.jobs import JobRepository
-from app.store.keys import ensure_tenant
 from app.store.models import Artifact, Attempt, Job
 from app.store.session import Database
+from app.store.tenancy.keys import ensure_tenant
 from bitwright.events import Event
 from bitwright.job_states import DeviceClass, JobStatus
 from workers.supervise.attempt_runner import supervise

@@ -14,7 +14,7 @@ from app.domain.request.job_request import JobRequest
 from app.store.blobs import BucketBlobs, materialise
 from app.store.ids import new_id
 from app.store.jobs import JobRepository
-from app.store.keys import ensure_tenant
+from app.store.tenancy.keys import ensure_tenant
 from bitwright.errors import CorruptCheckpoint, DiskFull, SourceForbidden, SourceNotFound, StorageError
 from bitwright.job_states import JobStatus
 from tests.power_cut import PowerCut

@@ -7,9 +7,9 @@ from sqlalchemy import select, update
 from app.settings import Settings
 from app.store.blobs import open_blobs
 from app.store.clock import seconds_from_now
-from app.store.keys import ensure_tenant
 from app.store.models import AuditEntry, Upload
 from app.store.session import Database
+from app.store.tenancy.keys import ensure_tenant
 from app.store.uploads import NewUploadFile, UploadRepository
 from workers.sweep import Sweep
 

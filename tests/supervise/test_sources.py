@@ -8,7 +8,7 @@ import pytest
 
 from app.domain.request.job_request import JobRequest
 from app.store.blobs import BlobStore
-from app.store.keys import ensure_tenant
+from app.store.tenancy.keys import ensure_tenant
 from app.store.uploads import NewUploadFile, UploadRepository
 from bitwright.errors import CorruptCheckpoint, InvalidDataset, SourceForbidden, SourceNotFound
 from tests.api.checkpoints import as_hub_cache, write_checkpoint

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from app.domain.inputs.roots import roots_of
 from app.settings import Settings
 from app.store.attempts import Claim, Terms
-from app.store.hub_tokens import Vault, token_of
-from app.store.tenants import policy_of
+from app.store.tenancy.hub_tokens import Vault, token_of
+from app.store.tenancy.tenants import policy_of
 from bitwright.job_states import DeviceClass
 from workers.supervise.context import WorkerContext
 

@@ -7,8 +7,8 @@ from fastapi import APIRouter, Query
 from app.api.auth import Administrator
 from app.api.deps import DatabaseOf
 from app.api.http.documentation import problems
-from app.store.audit import audit_page
 from app.store.ids import id_pattern
+from app.store.tenancy.audit import audit_page
 from bitwright.tenancy import AuditView
 from bitwright.views import Page
 

@@ -7,10 +7,10 @@ from app.api.deps import DatabaseOf
 from app.api.http.documentation import problems
 from app.api.tenancy.admission import actor
 from app.domain.access import Scope
-from app.store import keys
-from app.store.audit import record
 from app.store.models import ApiKey
-from app.store.tenants import get_tenant
+from app.store.tenancy import keys
+from app.store.tenancy.audit import record
+from app.store.tenancy.tenants import get_tenant
 from bitwright.tenancy import KeyRequest, KeyView, NewKeyView, RotationRequest
 from bitwright.views import Page
 

@@ -12,12 +12,12 @@ from app.api.http.documentation import problems, text_header
 from app.api.tenancy.admission import actor
 from app.domain.inputs.roots import lies_under
 from app.settings import Settings
-from app.store import tenants
-from app.store.audit import record
-from app.store.hub_tokens import checked_token, erase_token, keep_token
 from app.store.ids import id_pattern
 from app.store.models import Tenant
-from app.store.tenants import own_quotas, tenants_with_token
+from app.store.tenancy import tenants
+from app.store.tenancy.audit import record
+from app.store.tenancy.hub_tokens import checked_token, erase_token, keep_token
+from app.store.tenancy.tenants import own_quotas, tenants_with_token
 from bitwright.errors import FieldProblem, InvalidRequest
 from bitwright.tenancy import HubTokenRequest, TenantChange, TenantRequest, TenantView
 from bitwright.views import Page

@@ -7,9 +7,9 @@ from app.api.auth import Administrator, Reader
 from app.api.deps import DatabaseOf, SettingsOf
 from app.api.http.documentation import problems
 from app.settings import Settings
-from app.store.quotas import used_by
-from app.store.tenants import get_tenant, own_quotas
-from app.store.usage import months_of
+from app.store.tenancy.quotas import used_by
+from app.store.tenancy.tenants import get_tenant, own_quotas
+from app.store.tenancy.usage import months_of
 from bitwright.tenancy import UsageView
 
 router = APIRouter()

@@ -12,8 +12,8 @@ from app.domain.adapters import ADAPTERS
 from app.domain.formats import FORMATS
 from app.domain.inputs.architectures import ARCHITECTURES
 from app.domain.methods import METHODS
-from app.store.keys import list_keys
-from app.store.totals import models_of, usage_of
+from app.store.tenancy.keys import list_keys
+from app.store.tenancy.totals import models_of, usage_of
 from app.store.workers import waiting
 
 router = page_router()

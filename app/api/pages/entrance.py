@@ -9,8 +9,8 @@ from starlette.responses import RedirectResponse, Response
 from app.api.deps import DatabaseOf, LogInsOf
 from app.api.pages.rendering import ASSETS, FOREVER, asset_bytes, asset_hash, page, root_of
 from app.api.pages.session import FORM, SEE_OTHER, OwnForm, local_path, page_router, session_text, set_cookie
-from app.store.keys import authenticate
-from app.store.page_sessions import end_session, open_session
+from app.store.tenancy.keys import authenticate
+from app.store.tenancy.page_sessions import end_session, open_session
 from bitwright.errors import NotFound, TooManyRequests, Unauthenticated
 
 router = page_router()

@@ -25,7 +25,7 @@ from app.api.http.errors import RETRY_AFTER_SECONDS, error_from_status, error_fr
 from app.api.pages.rendering import page, path_of, root_of
 from app.domain.access import Principal, Scope
 from app.settings import Settings
-from app.store.page_sessions import LIFE_SECONDS, find_session
+from app.store.tenancy.page_sessions import LIFE_SECONDS, find_session
 from bitwright.errors import BitwrightError, ForeignPage, MissingScope, Unauthenticated, UnknownHost
 
 log = structlog.get_logger(__name__)

@@ -18,7 +18,7 @@ from app.api.submission.hub_child import Looks
 from app.api.views import PreflightView
 from app.domain.access import Scope
 from app.store.session import Database
-from app.store.totals import models_of
+from app.store.tenancy.totals import models_of
 from bitwright.errors import BitwrightError
 
 router = page_router()

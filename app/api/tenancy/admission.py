@@ -11,11 +11,11 @@ from app.domain.access import Principal
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import HubModel
 from app.settings import Settings
-from app.store.audit import Actor
 from app.store.jobs import model_label
-from app.store.quotas import POSTS, WINDOW_SECONDS, require_queue_room, require_storage, spend_post
 from app.store.session import Database
-from app.store.tenants import Policy
+from app.store.tenancy.audit import Actor
+from app.store.tenancy.quotas import POSTS, WINDOW_SECONDS, require_queue_room, require_storage, spend_post
+from app.store.tenancy.tenants import Policy
 from bitwright.errors import FieldProblem, InvalidRequest, SourceForbidden
 
 NO_ROOM = ("rate_limit_exceeded", "queued_jobs_exceeded", "storage_exceeded")

@@ -3,8 +3,8 @@
 from app.api.tenancy.admission import actor
 from app.api.tenancy.later import WrittenLater
 from app.domain.access import Principal
-from app.store.audit import record
 from app.store.session import Database
+from app.store.tenancy.audit import record
 
 
 def note_download(

@@ -11,9 +11,9 @@ from time import monotonic
 import structlog
 from starlette.concurrency import run_in_threadpool
 
-from app.store.keys import note_uses
 from app.store.session import Database
-from app.store.usage import add_usage
+from app.store.tenancy.keys import note_uses
+from app.store.tenancy.usage import add_usage
 from bitwright.errors import Unavailable
 
 WRITE_SECONDS = 60.0

@@ -9,13 +9,13 @@ from app.domain.access import Principal
 from app.domain.inputs.roots import roots_of
 from app.domain.request.job_request import JobRequest
 from app.settings import Settings
-from app.store.audit import record
-from app.store.hub_tokens import TOKEN_FIELD, Vault, keep_token
 from app.store.idempotency import Idempotency
 from app.store.jobs import JobRepository
 from app.store.models import Job
-from app.store.tenants import Policy, policy_of
-from app.store.usage import cost_micros, money
+from app.store.tenancy.audit import record
+from app.store.tenancy.hub_tokens import TOKEN_FIELD, Vault, keep_token
+from app.store.tenancy.tenants import Policy, policy_of
+from app.store.tenancy.usage import cost_micros, money
 from bitwright.errors import QueuedJobsExceeded
 from bitwright.money import Money
 

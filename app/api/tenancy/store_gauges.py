@@ -8,8 +8,8 @@ from prometheus_client.registry import Collector
 
 from app.api.metrics import COUNTED_SECONDS
 from app.api.submission.kept import Kept
-from app.store.quotas import stored_bytes_by_tenant
 from app.store.session import Database
+from app.store.tenancy.quotas import stored_bytes_by_tenant
 from app.store.workers import Waiting, count_live, waiting_times
 
 STORED_SECONDS = 60.0

@@ -10,8 +10,8 @@ from starlette.testclient import TestClient
 
 from app.api.main import create_app
 from app.domain.access import Scope
-from app.store.keys import issue_key
 from app.store.models import ApiKey, HubToken
+from app.store.tenancy.keys import issue_key
 from tests.api.checkpoints import write_checkpoint
 from tests.api.conftest import SHORTHAND, Answer, Api, make_settings, problem
 

@@ -8,8 +8,8 @@ from sqlalchemy import update
 from starlette.testclient import TestClient
 
 from app.domain.access import Scope
-from app.store.keys import ensure_tenant, issue_key, revoke_key
 from app.store.models import ApiKey, Tenant
+from app.store.tenancy.keys import ensure_tenant, issue_key, revoke_key
 from tests.api.conftest import SHORTHAND, Api
 from tests.api.test_openapi import operations
 

@@ -12,9 +12,15 @@ from app.api.pages.log_ins import FAILURES, MOST_ADDRESSES, WINDOW_SECONDS, LogI
 from app.api.pages.session import PLAIN_COOKIE, SECURE_COOKIE, host_of, is_known, local_path
 from app.domain.access import Principal, Scope
 from app.settings import Settings
-from app.store.keys import issue_key, revoke_key
 from app.store.models import PageSession
-from app.store.page_sessions import LIFE_SECONDS, MOST_OF_A_KEY, find_session, open_session, remove_expired_sessions
+from app.store.tenancy.keys import issue_key, revoke_key
+from app.store.tenancy.page_sessions import (
+    LIFE_SECONDS,
+    MOST_OF_A_KEY,
+    find_session,
+    open_session,
+    remove_expired_sessions,
+)
 from bitwright.errors import TooManyRequests
 from tests.api.conftest import BROWSER, Api, problem
 from tests.api.pages.conftest import Html

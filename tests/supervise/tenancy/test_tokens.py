@@ -10,9 +10,9 @@ from cryptography.fernet import Fernet
 from pydantic import SecretStr
 from sqlalchemy import select
 
-from app.store.hub_tokens import Vault, keep_token
-from app.store.keys import ensure_tenant
 from app.store.models import HubToken
+from app.store.tenancy.hub_tokens import Vault, keep_token
+from app.store.tenancy.keys import ensure_tenant
 from bitwright.errors import SourceForbidden
 from bitwright.job_states import JobStatus
 from tests.api.checkpoints import CONFIG, SHAPES, safetensors
@@ -123,7 +123,7 @@ def test_a_worker_without_the_key_waits_for_one_that_has_it(online: Bench) -> No
 
 
 def test_a_tenants_folders_are_checked_where_the_job_runs(sqlite_bench: Bench) -> None:
-    from app.store.tenants import change_tenant
+    from app.store.tenancy.tenants import change_tenant
     from bitwright.tenancy import TenantChange
 
     job_id = sqlite_bench.submit("")

@@ -16,7 +16,7 @@ from app.domain.access import Principal, Scope
 from app.store.clock import now, seconds_from_now
 from app.store.ids import new_id, require_id
 from app.store.models import ApiKey, Tenant
-from app.store.tenants import own_quotas
+from app.store.tenancy.tenants import own_quotas
 from app.store.upsert import upsert
 from bitwright.errors import Conflict, NotFound, Unauthenticated
 

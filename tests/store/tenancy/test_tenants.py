@@ -8,13 +8,14 @@ import pytest
 from sqlalchemy import update
 
 from app.domain.access import Scope
-from app.store import tenants
 from app.store.attempts import Terms, claim
 from app.store.clock import seconds_from_now
 from app.store.jobs import JobRepository
-from app.store.keys import authenticate, find_tenant, issue_key
 from app.store.models import RateWindow
-from app.store.quotas import (
+from app.store.session import Database
+from app.store.tenancy import tenants
+from app.store.tenancy.keys import authenticate, find_tenant, issue_key
+from app.store.tenancy.quotas import (
     require_queue_room,
     require_storage,
     require_upload_room,
@@ -22,7 +23,6 @@ from app.store.quotas import (
     stored_bytes_by_tenant,
     used_by,
 )
-from app.store.session import Database
 from app.store.uploads import NewUploadFile, UploadRepository
 from app.store.waiting import places
 from bitwright.errors import (

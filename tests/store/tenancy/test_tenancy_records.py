@@ -9,14 +9,14 @@ from sqlalchemy import delete, select, text, update
 from sqlalchemy.exc import DBAPIError
 
 from app.store.attempts import AttemptWriter, Claim, Terms, claim
-from app.store.audit import Actor, audit_page, record, remove_old_entries
 from app.store.clock import seconds_from_now
-from app.store.hub_tokens import Vault, erase_token, keep_token, renew_tokens, token_of
 from app.store.jobs import JobRepository
 from app.store.models import Attempt, AuditEntry, HubToken, Tenant
 from app.store.session import Database
-from app.store.tenants import policy_of
-from app.store.usage import add_usage, months_of
+from app.store.tenancy.audit import Actor, audit_page, record, remove_old_entries
+from app.store.tenancy.hub_tokens import Vault, erase_token, keep_token, renew_tokens, token_of
+from app.store.tenancy.tenants import policy_of
+from app.store.tenancy.usage import add_usage, months_of
 from bitwright.errors import InvalidDataset, InvalidRequest, StorageError, WorkerLost
 from bitwright.job_states import DeviceClass
 from bitwright.money import Money

@@ -25,9 +25,9 @@ from sqlalchemy import JSON, Connection, DateTime, LargeBinary, MetaData, Table,
 from sqlalchemy.exc import SAWarning
 
 from app.store.blobs import BlobStore, FolderBlobs
-from app.store.garbage import named_blobs
 from app.store.models import Artifact, Job, Upload, UploadFile
 from app.store.session import READING, Database, migrate, revision_of
+from app.store.upkeep.garbage import named_blobs
 from bitwright.errors import Conflict, CorruptCheckpoint, DiskFull, StorageError
 
 FORMAT = 1

@@ -8,8 +8,8 @@ from sqlalchemy.orm import Session
 
 from app.domain.access import Principal
 from app.store.clock import now, seconds_from_now
-from app.store.keys import principal_of
 from app.store.models import PageSession
+from app.store.tenancy.keys import principal_of
 
 LIFE_SECONDS = 12 * 3600
 RANDOM_BYTES = 32

@@ -5,11 +5,12 @@ import pytest
 from sqlalchemy import update
 
 from app.domain.access import Scope
-from app.store import ids, keys
+from app.store import ids
 from app.store.clock import seconds_from_now
 from app.store.ids import ALPHABET, Prefix, is_id, new_id, require_id
 from app.store.models import ApiKey
 from app.store.session import Database
+from app.store.tenancy import keys
 from bitwright.errors import NotFound, Unauthenticated
 
 

@@ -6,10 +6,10 @@ import pytest
 from sqlalchemy import select
 
 from app.domain.access import Scope
-from app.store import keys
 from app.store.models import ApiKey
 from app.store.session import Database
-from app.store.tenants import change_tenant
+from app.store.tenancy import keys
+from app.store.tenancy.tenants import change_tenant
 from bitwright.errors import Conflict, NotFound, Unauthenticated
 from bitwright.tenancy import TenantChange
 

@@ -1,0 +1,1 @@
+"""Care of the store itself: backup, restore, and the blobs that nothing refers to."""
