@@ -121,6 +121,7 @@ FOLDERS = MappingProxyType(
         "tests/browser": "The dashboard in a real Chromium",
         "tests/report_page": "report.html against report.json, and against hostile text",
         "tests/benchmarks": "The list of measurements and the tables made of them",
+        "tests/store/tenancy": "Tenants and keys in the database",
         "tests/hub": "Looks at a Hub on loopback that counts its bytes",
         "tests/child": "The child's side of the process boundary, and the fetch",
         "tests/cli": "The command line",

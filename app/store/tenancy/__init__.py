@@ -1,1 +1,1 @@
-"""Who may spend what: tenants, their keys, quotas, tokens and sessions, and the record of what they used and did."""
+"""Tenants: their keys, quotas, tokens and sessions, and the record of what they used and did."""
