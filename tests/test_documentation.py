@@ -21,7 +21,8 @@ from bitwright.errors import ERRORS, FieldProblem
 from bitwright.views import UploadRequest
 from tests.command_lines import check_bitwright
 from tests.described_files import FILES
-from tests.documentation import FOLDERS, PARTS, ROOT, with_part
+from tests.documentation import PARTS, ROOT, with_part
+from tests.documents.folders import FOLDERS
 
 README = ROOT / "README.md"
 README_BYTES = 10_240
