@@ -113,3 +113,11 @@ def test_passes_are_captured_where_eager_ones_fit_beside_their_pool(
         "cuda", 100, blocks=1, length=8, kept=0, fixed={False: fixed}, graph=activations, inputs=0
     )
     assert needs.has_room_for_pool(memory_plan.TrainingPlan(1, 0, keeps=False)) is captures
+
+
+def test_of_blocks_that_are_computed_again_one_graph_exists_at_a_time_beside_all_inputs() -> None:
+    needs = memory_plan._Needs("cuda", 100, blocks=8, length=8, kept=0, fixed={False: 0.0}, graph=5, inputs=8)
+    plans = [memory_plan.TrainingPlan(1, recomputed, keeps=False) for recomputed in (0, 3, 8)]
+    assert [needs.activations(plan) for plan in plans] == [40, 38, 13]
+    assert needs.activations(memory_plan.TrainingPlan(2, 8, keeps=False)) == 26
+    assert [needs.has_room_for_pool(plan) for plan in plans] == [False, False, True]

@@ -55,7 +55,7 @@ def told() -> list[str]:
 
 @pytest.fixture
 def passes(adapter: nn.Linear, told: list[str]) -> Passes:
-    resident: Any = SimpleNamespace(adapters={"only": adapter})
+    resident: Any = SimpleNamespace(adapters={"only": adapter}, is_capturable=True)
     return Passes(resident, lambda event, **_: told.append(event), captures=True)
 
 
@@ -132,8 +132,11 @@ def test_an_operator_without_a_deterministic_kernel_is_not_a_failed_capture(pass
     assert met(passes, batch(1)) == "graph 1"
 
 
-def test_nothing_is_captured_where_the_plan_says_so(adapter: nn.Linear, captures: Captures) -> None:
-    resident: Any = SimpleNamespace(adapters={"only": adapter})
-    passes = Passes(resident, lambda *_, **__: None, captures=False)
+@pytest.mark.parametrize(("plan", "model"), [(False, True), (True, False)])
+def test_nothing_is_captured_where_the_plan_or_the_model_does_not_allow_it(
+    adapter: nn.Linear, captures: Captures, *, plan: bool, model: bool
+) -> None:
+    resident: Any = SimpleNamespace(adapters={"only": adapter}, is_capturable=model)
+    passes = Passes(resident, lambda *_, **__: None, captures=plan)
     assert met(passes, batch(1)) == passes._eager
     assert captures.taken == []

@@ -124,6 +124,24 @@ def test_captured_passes_train_what_eager_ones_do_with_weights_made_anew(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in made.trained().items())
 
 
+@pytest.mark.parametrize("arm", ARMS)
+def test_captured_passes_that_compute_blocks_again_train_what_eager_ones_do(
+    arm: str, small_model: Path, rows: Path, tmp_path: Path, replayed: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, and what steps train that compute nothing again; dropout is not captured then."""
+    quantization, adapter = ARMS[arm]
+    names = ("captured", "eager", "whole")
+    captured, eager, whole = (Job(tmp_path / name, device="cuda") for name in names)
+    finetuned(captured, small_model, rows, quantization, adapter, gradient_checkpointing=True)
+    assert bool(replayed) == (not adapter.get("dropout"))
+    assert "training_capture_failed" not in {line.event for line in captured.told(LogEvent)}
+    monkeypatch.setattr(captured_passes, "MOST_SHAPES", 0)
+    finetuned(eager, small_model, rows, quantization, adapter, gradient_checkpointing=True)
+    finetuned(whole, small_model, rows, quantization, adapter, gradient_checkpointing=False)
+    for other in (eager.trained(), whole.trained()):
+        assert [name for name, tensor in captured.trained().items() if not torch.equal(tensor, other[name])] == []
+
+
 def test_where_a_capture_fails_training_goes_on(
     small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,34 @@ def test_weights_made_anew_and_blocks_computed_again_change_no_bit(tmp_path: Pat
         assert all(torch.equal(one, other) for one, other in zip(each, found[0][1], strict=True))
 
 
+class DroppingLoRA(SmallLoRA):
+    """With dropout of half its inputs."""
+
+    draws = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(x, 0.5))
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_blocks_that_are_computed_again_draw_what_they_drew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, draws: bool
+) -> None:
+    """Where an adapter says that it draws; then their passes are not captured."""
+    monkeypatch.setattr(DroppingLoRA, "draws", draws)
+    monkeypatch.setattr("tests.engine.finetune.small_lora.SmallLoRA", DroppingLoRA)
+    save_random_model(tmp_path, "llama", dtype=torch.bfloat16)
+    work, found = batches(together=True)[:1], []
+    for recomputed in (0, 4):
+        with open_job(tmp_path, torch.float32, recomputed=recomputed) as model:
+            assert model.is_capturable == (not recomputed or not draws)
+            torch.manual_seed(3)
+            found.append(gradients(model, work))
+    (loss, expected), (again, each) = found
+    assert loss == again
+    assert all(torch.equal(one, other) for one, other in zip(each, expected, strict=True)) == draws
+
+
 def test_half_precision_models_compute_in_bf16(tmp_path: Path) -> None:
     save_random_model(tmp_path, "qwen2", dtype=torch.float16)
     with open_job(tmp_path, torch.float32) as model:

@@ -9,12 +9,18 @@ pool, which the pairs share, since a pair has finished before another begins. A 
 worth a pair; nor is a model whose activations take much of the device (`workers.engine.finetune.memory_plan`), which
 is not bound by launches either. Adapters that hold some of their parameters from a step on begin with new pairs.
 
+Blocks whose activations are computed again are so within the backward pass's graph: of the forward one's tensors only
+their inputs stay, and the second forward pass of a block takes the memory that the first one left. Weights that are
+made anew are made in each of the two. Recomputed dropout would have to set back the generator, which a graph cannot:
+then passes stay eager.
+
 Random numbers are those of eager passes: a replay goes on from the generator's seed and offset.
 """
 
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -47,7 +53,7 @@ class Passes:
 
     def __init__(self, resident: ResidentModel, log: Callable[..., None], *, captures: bool) -> None:
         self._resident, self._log = resident, log
-        self._captures = captures
+        self._captures = captures and resident.is_capturable
         self._trained: list[nn.Parameter] = []
         self._seen: Counter[Shape] = Counter()
         self._graphs: dict[Shape, _Graphs] = {}
@@ -131,18 +137,20 @@ class _Graphs:
         )
 
         def both() -> None:
-            with resident.together():
+            with resident.together():  # also around the backward pass, in which blocks may be computed again
                 hidden = resident.hidden(own)
-            torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)
+                torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)
 
         warm_up(both)
         torch.cuda.empty_cache()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with capturing(forward, pool), resident.together():
-            hidden = resident.hidden(own)
-        by_hidden = torch.zeros_like(hidden)
-        with capturing(backward, forward.pool()):
-            _add(trained, torch.autograd.grad(hidden, trained, by_hidden, allow_unused=True))
+        with ExitStack() as drawn:
+            with capturing(forward, pool):
+                drawn.enter_context(resident.together())
+                hidden = resident.hidden(own)
+            by_hidden = torch.zeros_like(hidden)
+            with capturing(backward, forward.pool()):
+                _add(trained, torch.autograd.grad(hidden, trained, by_hidden, allow_unused=True))
         return cls(resident, own, hidden.detach(), by_hidden, forward, backward)
 
     def run(self, batch: Batch, targets: int) -> Tensor:

@@ -63,7 +63,7 @@ def plan_training(
     if plan.keeps and plan.recomputed:
         # Where memory is so short that blocks are computed again, weights are what it is spent on last.
         plan = _planned(needs, config, most, keeps=False)
-    return replace(plan, captures=needs.device == "cuda" and not plan.recomputed and needs.has_room_for_pool(plan))
+    return replace(plan, captures=needs.device == "cuda" and needs.has_room_for_pool(plan))
 
 
 def _planned(needs: "_Needs", config: Finetune, micro_batch: int, *, keeps: bool) -> TrainingPlan:
@@ -134,8 +134,14 @@ class _Needs:
         recomputed = self.recomputed(micro_batch, keeps=keeps)
         return recomputed > self.blocks or (recomputed > 0 and micro_batch * self.length > FULL_TOKENS[self.device])
 
+    def activations(self, plan: TrainingPlan) -> int:
+        """Bytes from the forward to the backward pass: graphs, or the blocks' inputs and one graph at a time."""
+        if not plan.recomputed:
+            return self.blocks * self.graph * plan.micro_batch
+        return ((self.blocks - plan.recomputed + 1) * self.graph + self.inputs) * plan.micro_batch
+
     def has_room_for_pool(self, plan: TrainingPlan) -> bool:
         """True if the pool of captured passes leaves room for eager ones, of other batches and of validation."""
-        activations, fixed = self.blocks * self.graph * plan.micro_batch, self.fixed[plan.keeps]
+        activations, fixed = self.activations(plan), self.fixed[plan.keeps]
         most = FINETUNE_SHARE[self.device] * self.memory
         return activations <= CAPTURED_SHARE * self.memory and fixed + 2 * activations <= most

@@ -50,16 +50,26 @@ class ResidentModel:
     dtype: torch.dtype
     recomputed: int
 
+    @property
+    def is_capturable(self) -> bool:
+        """True if its passes draw nothing that has to be drawn again: a graph's generator cannot be set back."""
+        return not self.recomputed or not self._draws
+
+    @property
+    def _draws(self) -> bool:
+        return any(adapter.draws for adapter in self.adapters.values())
+
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the losses of a batch's targets, fp32 ()."""
         return token_loss(self.model, self.hidden(batch), batch.target_positions, batch.labels)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states after the last block, (rows, length, width)."""
-        hidden, calls = self.model.embed(batch.ids), self._calls(batch)
+        hidden, calls, draws = self.model.embed(batch.ids), self._calls(batch), self._draws
         for index, (block, call) in enumerate(zip(self.model.blocks, calls, strict=True)):
             if index < self.recomputed and torch.is_grad_enabled():
-                hidden = checkpoint(call, block, hidden, use_reentrant=False)
+                # The generator's state is read, which waits for the device, only where it has to be the same again.
+                hidden = checkpoint(call, block, hidden, use_reentrant=False, preserve_rng_state=draws)
             else:
                 hidden = call(block, hidden)
         return hidden
