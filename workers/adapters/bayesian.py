@@ -130,7 +130,7 @@ class BayesianLoRA(Adapter):
         self._drawn: Gated | None = None
         self.rates = dict.fromkeys(("gate_rank", "gate_a", "gate_b"), spec.gate_learning_rate)
         self.rates |= dict.fromkeys(("range_a", "range_b"), RANGE_RATE)
-        self.dropout, self.draws = nn.Dropout(spec.dropout), spec.dropout > 0
+        self.dropout, self.draws_noise = nn.Dropout(spec.dropout), spec.dropout > 0
         bound = 1 / sqrt(in_features)
         start = torch.rand(spec.rank, in_features, generator=generator) * (2 * bound) - bound
 

@@ -59,7 +59,7 @@ class GroupedAdapter(Adapter):
     ) -> None:
         super().__init__()
         self.shape = shape
-        self.dropout, self.draws = nn.Dropout(dropout), dropout > 0
+        self.dropout, self.draws_noise = nn.Dropout(dropout), dropout > 0
 
         def zeros(rows: int, columns: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(rows, columns, device=device))

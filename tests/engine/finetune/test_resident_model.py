@@ -135,7 +135,7 @@ def test_weights_made_anew_and_blocks_computed_again_change_no_bit(tmp_path: Pat
 class DroppingLoRA(SmallLoRA):
     """With dropout of half its inputs."""
 
-    draws = True
+    draws_noise = True
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(nn.functional.dropout(x, 0.5))
@@ -146,7 +146,7 @@ def test_blocks_that_are_computed_again_draw_what_they_drew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, draws: bool
 ) -> None:
     """Where an adapter says that it draws; then their passes are not captured."""
-    monkeypatch.setattr(DroppingLoRA, "draws", draws)
+    monkeypatch.setattr(DroppingLoRA, "draws_noise", draws)
     monkeypatch.setattr("tests.engine.finetune.small_lora.SmallLoRA", DroppingLoRA)
     save_random_model(tmp_path, "llama", dtype=torch.bfloat16)
     work, found = batches(together=True)[:1], []

@@ -57,7 +57,7 @@ class ResidentModel:
 
     @property
     def _draws(self) -> bool:
-        return any(adapter.draws for adapter in self.adapters.values())
+        return any(adapter.draws_noise for adapter in self.adapters.values())
 
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the losses of a batch's targets, fp32 ()."""
