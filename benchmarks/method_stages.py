@@ -1,11 +1,14 @@
 """Kernels of columns in turn against torch's operators on real shapes, and the seconds of jobs by stage.
 
     python -m benchmarks.method_stages check [--device cuda] [--large]
-    python -m benchmarks.method_stages jobs MODEL --calibration FILE --cells q3_k gptq_w4
+    python -m benchmarks.method_stages jobs MODEL --calibration FILE --cells gptq_w4 awq omniquant [--profile 2]
 
 `check` prints a line a case: the share of codes that differ, the ratio of tr((W_hat - W) H (W_hat - W)^T), and both
-times, of the second call. `jobs` runs each job twice in one process and prints the second run's seconds by stage, each
-without those inside it and with the device waited for at both ends, and how often a stage began.
+times, of the second call. `jobs` runs each job three times in one process. Of the first two it prints the seconds from
+an opened model with its tokens made to the last block that is durable, without loading, evaluation and saving: the
+second one is the figure of a method. Of the third it prints the seconds by stage, each without those inside it and with
+the device waited for at both ends, and how often a stage began. `--profile` prints a fourth one's table of kernels, of
+one block's method.
 """
 
 import argparse
@@ -25,8 +28,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from app.domain.methods import Scheme, SchemeName
-from benchmarks.gguf.ours import Job, finished
+from app.domain.methods import Scheme, SchemeName, WeightSpec
+from benchmarks.gguf.ours import Job, order_of
+from workers.contracts.blocks import BlockTask
+from workers.contracts.results import BlockResult
+from workers.disk.orders import AttemptOrder
+from workers.engine import quantize
+from workers.engine.quantize import block_pass
+from workers.engine.reporter import Reporter
+from workers.engine.run import run
 from workers.methods import gptq
 from workers.methods.gptq import Elimination
 from workers.numerics.blocks import descent, elimination, search
@@ -34,14 +44,32 @@ from workers.numerics.quantized import QuantizedWeight
 
 SMALL = ((960, 576), (576, 576), (3072, 576), (576, 1536))
 LARGE = ((6144, 4096), (28672, 4096), (4096, 14336))
+W4 = {"bits": 4, "group_size": 64}
 CELLS: dict[str, tuple[dict[str, Any], str]] = {
     "q3_k": ({"method": "signround", "preset": "light", "scheme": "q3_k"}, "gguf"),
     "q2_k": ({"method": "signround", "preset": "light", "scheme": "q2_k"}, "gguf"),
     "iq3_s": ({"method": "signround", "preset": "light", "scheme": "iq3_s"}, "gguf"),
-    "w4": ({"method": "signround", "preset": "light", "bits": 4, "group_size": 64}, "compressed-tensors"),
-    "gptq_w4": ({"method": "gptq", "bits": 4, "group_size": 64}, "compressed-tensors"),
+    "w4": ({"method": "signround", "preset": "light", **W4}, "compressed-tensors"),
+    "gptq_w4": ({"method": "gptq", **W4}, "compressed-tensors"),
     "gptq_q3_k": ({"method": "gptq", "scheme": "q3_k"}, "gguf"),
+    "awq": ({"method": "awq", **W4}, "native"),
+    "omniquant": ({"method": "omniquant", **W4}, "native"),
+    "apiq_block": ({"method": "apiq", "granularity": "block", **W4, "symmetric": False}, "native"),
+    "apiq_layer": ({"method": "apiq", "granularity": "layer", **W4, "symmetric": False}, "native"),
+    "loftq": ({"method": "loftq", "base": "affine", **W4}, "native"),
+    "loftq_nf": ({"method": "loftq", **W4}, "native"),
+    "lq_lora": ({"method": "lq-lora", "bits": {"average": 2.75}, "fisher": False}, "native"),
+    "lq_lora_fisher": ({"method": "lq-lora", "bits": {"average": 2.75}, "fisher": True}, "native"),
 }
+METHODS = (
+    "sign_round.SignRound",
+    "gptq.GPTQ",
+    "awq.AWQ",
+    "omniquant.OmniQuant",
+    "apiq.ApiQ",
+    "loftq.LoftQ",
+    "lq_lora.LQLoRA",
+)
 WATCHED = {
     "search": ["workers.numerics.blocks.elimination.search_blocks", "workers.methods.sign_round.search_blocks"],
     "elimination of block types": ["workers.methods.gptq.eliminate"],
@@ -50,8 +78,25 @@ WATCHED = {
     "factors": ["workers.methods.gptq.inverse_factor"],
     "sums of H": ["workers.numerics.hessian.Hessian.add"],
     "passes for H": [f"workers.methods.gptq.{name}" for name in ("see_inputs", "input_groups", "_in_one_pass")],
-    "method, rest": ["workers.methods.sign_round.SignRound.quantize_block", "workers.methods.gptq.GPTQ.quantize_block"],
-    "start of tuning": ["workers.methods.sign_round.rounded_weights"],
+    "method, rest": [f"workers.methods.{method}.quantize_block" for method in METHODS],
+    "AWQ: statistics": ["workers.methods.awq.observe"],
+    "AWQ: search of scales": ["workers.methods.awq.search_scale"],
+    "AWQ: rounding, search of clips": ["workers.methods.awq.quantize_weight"],
+    "LoftQ: factors": ["workers.methods.loftq.best_factors"],
+    "LQ-LoRA: factors": [f"workers.methods.lq_lora.{name}" for name in ("weighted_factors", "FollowedFactors.of")],
+    "LQ-LoRA: rest of decompositions": ["workers.methods.lq_lora.decompose"],
+    "LQ-LoRA: scores, rest": ["workers.methods.lq_lora.LQLoRA.candidate_errors"],
+    "NormalFloat": ["workers.numerics.normal_float.quantize"],
+    "Fisher information": ["workers.engine.quantize.preparation.empirical_fisher"],
+    "allocation, rest": ["workers.engine.quantize.preparation.spend"],
+    "layers in order, rest": ["workers.methods.apiq.quantize_in_order"],
+    "layers in order: passes": [f"workers.contracts.layer_tasks.{name}" for name in ("_inputs_of", "_outputs")],
+    "start of tuning": [
+        "workers.methods.sign_round.rounded_weights",
+        "workers.methods.apiq.corrected_weights",
+        "workers.methods.omniquant.ClippedWeights",
+    ],
+    "capture of steps": ["workers.engine.tune.tuner._Run.prepare"],
     "steps": ["workers.engine.tune.tuner.Tuner.tune"],
     "results of tuning": ["workers.engine.tune.tuner._Run.outcome"],
     "pass: original": ["workers.engine.quantize.activations.Activations.advance_original"],
@@ -72,6 +117,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=["q3_k", "gptq_w4"], choices=sorted(CELLS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--large", action="store_true", help="shapes of an 8B block, too, by kernels alone")
+    parser.add_argument("--profile", type=int, metavar="BLOCK", help="index of a block whose kernels are listed")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     arguments = parser.parse_args()
@@ -82,7 +128,7 @@ def main() -> None:
     text = {"dataset": {"source": "local", "path": str(arguments.calibration)}}
     calibration = {**text, "num_samples": arguments.sequences, "sequence_length": arguments.length}
     for name in arguments.cells:
-        for stage in _job(name, arguments.model, calibration, arguments.device):
+        for stage in _job(name, arguments.model, calibration, arguments.device, arguments.profile):
             print(stage, flush=True)
 
 
@@ -170,17 +216,68 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _job(name: str, model: Path, calibration: dict[str, Any], device: str) -> Iterator[str]:
+def _job(name: str, model: Path, calibration: dict[str, Any], device: str, profiled: int | None) -> Iterator[str]:
     quantization, kind = CELLS[name]
-    job = Job(model, quantization, device, calibration, format=kind)
-    with tempfile.TemporaryDirectory() as folder:
-        first = finished(job, Path(folder))
-        with _watching() as stages:
-            second = finished(job, Path(folder))
-        plain = finished(job, Path(folder))
-    yield f"== {name}: seconds {first.seconds:.2f} first, {plain.seconds:.2f} third; watched {second.seconds:.2f}"
+    order = order_of(Job(model, quantization, device, calibration, format=kind))
+    seconds = [_seconds(order) for _ in range(2)]
+    with _watching() as stages:
+        watched = _seconds(order)
+    yield f"== {name}: seconds {seconds[0]:.2f} first, {seconds[1]:.2f} second; watched {watched:.2f}"
     for stage, (spent, count) in sorted(stages.items(), key=lambda item: -item[1][0]):
         yield f"{stage:32} {spent:8.3f} s {count:7d} times"
+    if profiled is not None:
+        with _profiling(profiled) as lines:
+            _seconds(order)
+        yield from lines
+
+
+def _seconds(order: AttemptOrder) -> float:
+    """One run's seconds between an opened model with its tokens made and the last block that is durable."""
+    times: list[float] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            _wait()
+            times.append(time.perf_counter())
+            try:
+                return function(*given, **named)
+            finally:
+                _wait()
+                times.append(time.perf_counter())
+
+        return call
+
+    with (
+        patch.object(quantize, "prepare", timed(quantize.prepare)),
+        patch.object(quantize, "run", timed(quantize.run)),
+        tempfile.TemporaryDirectory() as workspace,
+    ):
+        run(order, Path(workspace), Reporter(lambda _: None))
+    return times[-1] - times[0]
+
+
+@contextmanager
+def _profiling(index: int) -> Iterator[list[str]]:
+    """Lines of the table of kernels, filled while the context lasts, of a block's method by its index."""
+    lines: list[str] = []
+    call = block_pass._quantize_block
+
+    def profiled(task: BlockTask, spec: WeightSpec) -> BlockResult:
+        if task.index != index:
+            return call(task, spec)
+        _wait()
+        started = time.perf_counter()
+        with torch.profiler.profile() as profile:
+            result = call(task, spec)
+            _wait()
+        spent = time.perf_counter() - started
+        key = "self_cuda_time_total" if task.device.type == "cuda" else "self_cpu_time_total"
+        table = profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=70)
+        lines.extend([f"block {index}: {spent:.3f} s under the profiler", *table.splitlines()])
+        return result
+
+    with patch.object(block_pass, "_quantize_block", profiled):
+        yield lines
 
 
 @contextmanager

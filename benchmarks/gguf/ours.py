@@ -51,8 +51,8 @@ class Finished:
     text: str | None
 
 
-def finished(job: Job, folder: Path) -> Finished:
-    """Runs a job and moves its file into a folder, where it has the name of none other."""
+def order_of(job: Job) -> AttemptOrder:
+    """What a worker's child is told of a job."""
     body: dict[str, Any] = {
         "model": str(job.model),
         "quantization": dict(job.quantization),
@@ -63,7 +63,7 @@ def finished(job: Job, folder: Path) -> Finished:
         **({} if job.calibration is None else {"calibration": dict(job.calibration)}),
         **job.extra,
     }
-    order = AttemptOrder(
+    return AttemptOrder(
         job_id="job_benchmark",
         attempt=1,
         request=JobRequest.parse(body),
@@ -71,8 +71,12 @@ def finished(job: Job, folder: Path) -> Finished:
         calibration_path=None if job.calibration is None else job.calibration["dataset"]["path"],
         device="cuda" if job.device == "cuda" else "cpu",
     )
+
+
+def finished(job: Job, folder: Path) -> Finished:
+    """Runs a job and moves its file into a folder, where it has the name of none other."""
     with tempfile.TemporaryDirectory(dir=folder) as workspace:
-        report = run(order, Path(workspace), Reporter(lambda _: None)).report
+        report = run(order_of(job), Path(workspace), Reporter(lambda _: None)).report
         made = Path(workspace) / "output" / job.format / FILES[job.format]
         file = Path(tempfile.mkdtemp(dir=folder)) / made.name
         shutil.move(made, file)
