@@ -67,6 +67,10 @@ class JobRecord(View, Generic[RequestT]):
     attempt: int = Field(default=0, description="Number of the latest attempt; 0 before the first.")
     attempts: list[AttemptView] = Field(default_factory=list, description="Oldest first; filled for a single job only.")
     cancel_requested: bool = False
+    held: bool = Field(
+        default=False,
+        description="Paused: no worker takes it until it is resumed. Of a running job, still to be paused.",
+    )
     queue: QueueView | None = Field(default=None, description="Of a queued job, unless a thousand are before it.")
     progress: ProgressEvent | None = None
     error: ErrorData | None = None

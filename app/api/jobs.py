@@ -1,4 +1,4 @@
-"""Jobs: submit, look, cancel, retry, delete."""
+"""Jobs: submit, look, cancel, pause, resume, retry, delete."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -207,7 +207,7 @@ def accepted(job: Job, response: Response, queue: Kept[Mapping[str, Place]]) -> 
 
 def _place(job: Job, queue: Kept[Mapping[str, Place]]) -> Place | None:
     """Place of a queued job. A reader waits for the place of a job that has just come."""
-    if job.status is not JobStatus.QUEUED:
+    if job.status is not JobStatus.QUEUED or job.held:
         return None
     return queue().get(job.id) or queue(wait=True).get(job.id)
 
@@ -337,6 +337,50 @@ def cancel_job(job_id: str, principal: Submitter, database: DatabaseOf, queue: Q
         record(session, actor(principal), "job.cancelled", job_id)
     queue.forget()
     log.info("job_cancel_requested", job_id=job_id)
+    return read_job(database, principal.tenant_id, job_id, queue)
+
+
+@router.post(
+    "/v1/jobs/{job_id}/pause",
+    summary="Pause a job",
+    operation_id="pause_job",
+    status_code=202,
+    responses={
+        202: {"description": "Held, or asked of the worker: see `status` and `held`."},
+        **problems("not_found", "illegal_transition"),
+    },
+)
+def pause_job(job_id: str, principal: Submitter, database: DatabaseOf, queue: QueueOf) -> JobView:
+    """Hold a queued job; a running one is queued again within seconds, and held. It counts as a queued job.
+
+    What it had finished is kept: it goes on from its last block, or from its last checkpoint of training.
+    """
+    with database.transaction() as session:
+        JobRepository(session, principal.tenant_id).pause(job_id)
+        record(session, actor(principal), "job.paused", job_id)
+    queue.forget()
+    log.info("job_paused", job_id=job_id)
+    return read_job(database, principal.tenant_id, job_id, queue)
+
+
+@router.post(
+    "/v1/jobs/{job_id}/resume",
+    summary="Resume a job",
+    operation_id="resume_job",
+    status_code=202,
+    responses={202: {"description": "No longer held."}, **problems("not_found", "illegal_transition")},
+)
+def resume_job(
+    job_id: str, principal: Submitter, database: DatabaseOf, queue: QueueOf, background: BackgroundTasks
+) -> JobView:
+    """Let workers take a paused job again."""
+    with database.transaction() as session:
+        job = JobRepository(session, principal.tenant_id).resume(job_id)
+        record(session, actor(principal), "job.resumed", job_id)
+        alive = live_classes(session)
+    queue.forget()
+    log.info("job_resumed", job_id=job_id)
+    background.add_task(notify_workers, job.device, alive)
     return read_job(database, principal.tenant_id, job_id, queue)
 
 

@@ -43,6 +43,7 @@ def job_view(job: Job, attempts: Sequence[Attempt] | None = None, place: Place |
         attempt=job.attempt,
         attempts=[attempt_view(attempt) for attempt in attempts or ()],
         cancel_requested=job.cancel_requested,
+        held=job.held,
         queue=None if place is None else QueueView(position=place.position, eta_seconds=place.eta_seconds),
         progress=_understood(ProgressEvent, job.progress, job.id),
         error=_understood(ErrorData, job.error, job.id),

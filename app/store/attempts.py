@@ -7,6 +7,7 @@ running, and its lease has not run out. So of a worker that slept through its le
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from typing import Any
 
 from pydantic import ValidationError
@@ -105,6 +106,13 @@ def claim(
     return None
 
 
+class Wish(StrEnum):
+    """What a caller has asked of a job that runs."""
+
+    CANCEL = "cancel"
+    HOLD = "hold"
+
+
 class _OverQuota(Exception):
     """Two claims at one moment took a tenant's last place: this one gives its job back."""
 
@@ -177,6 +185,7 @@ def has_ended(session: Session, job_id: str) -> bool:
 def _eligible(job: type[Job], device_class: DeviceClass) -> tuple[ColumnElement[bool], ...]:
     return (
         job.status == JobStatus.QUEUED,
+        job.held.is_(False),
         job.available_at <= now(),
         job.device.in_(["any", device_class.value]),
     )
@@ -212,20 +221,21 @@ class AttemptWriter:
         self._job_id = job_id
         self._attempt = attempt
 
-    def renew(self, lease_seconds: float) -> bool:
-        """Hold the job for `lease_seconds` from now; whether a caller has asked to cancel it."""
+    def renew(self, lease_seconds: float) -> Wish | None:
+        """Hold the job for `lease_seconds` from now; what a caller has asked of it."""
         statement = (
             update(Job)
             .where(*self._fence())
             .values(lease_expires_at=seconds_from_now(lease_seconds))
-            .returning(Job.cancel_requested)
+            .returning(Job.cancel_requested, Job.held)
             .execution_options(synchronize_session=False)
         )
         row = self._session.execute(statement).one_or_none()
         if row is None:
             raise self._superseded()
-        asked: bool = row.cancel_requested
-        return asked
+        if row.cancel_requested:
+            return Wish.CANCEL
+        return Wish.HOLD if row.held else None
 
     def append(self, events: Sequence[AttemptEvent]) -> None:
         """Store events in this order, numbered after the job's latest; one statement fences and numbers them.
@@ -293,7 +303,7 @@ class AttemptWriter:
         close_attempt(self._session, self._job_id, self._attempt, JobStatus.CANCELLED)
 
     def release(self) -> JobStatus:
-        """Give the job back at once and uncounted: the worker shuts down, and neither it nor the job is at fault.
+        """Give the job back at once and uncounted: the worker shuts down, or the job is paused, and nobody is at fault.
 
         A job that a caller asked to cancel is cancelled. The job's new status.
         """

@@ -15,7 +15,7 @@ from app.store.idempotency import Idempotency, find_key, made_by, take_key
 from app.store.ids import is_id, new_id, require_id
 from app.store.job_pages import JobFilters, newest_jobs
 from app.store.models import Attempt, IdempotencyKey, Job, JobLabel, JobUpload, Upload
-from app.store.status import begin, enter
+from app.store.status import begin, enter, hold
 from bitwright.errors import Conflict, IllegalTransition, InvalidRequest, NotFound
 from bitwright.job_states import FINAL_STATUSES, JobStatus
 
@@ -124,6 +124,24 @@ class JobRepository:
             raise _illegal(job, "cancelled", "only queued and running jobs can be cancelled")
         return self.get(job_id)
 
+    def pause(self, job_id: str) -> Job:
+        """Hold a job: no worker takes it, and the one that runs it gives it back. Once more changes nothing.
+
+        Raises:
+            NotFound: the tenant has no such job.
+            IllegalTransition: the job has ended already.
+        """
+        return self._hold(job_id, held=True)
+
+    def resume(self, job_id: str) -> Job:
+        """Let workers take a held job again. Of one that is not held nothing changes.
+
+        Raises:
+            NotFound: the tenant has no such job.
+            IllegalTransition: the job has ended already.
+        """
+        return self._hold(job_id, held=False)
+
     def retry(self, job_id: str) -> Job:
         """Queue a failed or cancelled job again, as if it had never been tried; finished blocks are still adopted.
 
@@ -168,6 +186,15 @@ class JobRepository:
         """
         self.get(job_id)
         return self._session.scalars(select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.number)).all()
+
+    def _hold(self, job_id: str, *, held: bool) -> Job:
+        job = self._locked(job_id)
+        if job.status in FINAL_STATUSES:
+            verb = "paused" if held else "resumed"
+            raise _illegal(job, verb, f"only queued and running jobs can be {verb}")
+        if job.held != held:
+            hold(self._session, job, held=held)
+        return self.get(job_id)
 
     def _locked(self, job_id: str) -> Job:
         return self._one(job_id, select(Job).with_for_update())

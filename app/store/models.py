@@ -15,6 +15,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
@@ -151,6 +152,8 @@ class Job(Base):
     attempt: Mapped[int] = mapped_column(default=0)
     """Number of the latest attempt; the fence of every write for it."""
     cancel_requested: Mapped[bool] = mapped_column(default=False)
+    held: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Its owner paused it: no claim while it is queued, and the worker that runs it is to give it back."""
     progress: Mapped[JsonObject | None]
     """The latest `ProgressEvent`."""
     error: Mapped[JsonObject | None]

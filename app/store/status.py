@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, update
+from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
 from app.domain.job_states import TRANSITIONS
@@ -12,11 +12,13 @@ from app.store.documents import document
 from app.store.models import Event, Job
 from app.store.tenancy.hub_tokens import erase_token
 from app.store.tenancy.usage import add_usage
-from bitwright.events import ErrorData, StatusEvent
+from bitwright.events import ErrorData, LogEvent, StatusEvent
 from bitwright.job_states import FINAL_STATUSES, JobStatus
 
 NOT_RUNNING: Mapping[str, object] = {"worker_id": None, "lease_expires_at": None}
 """Columns that a job gives up as it leaves `running`."""
+PAUSED, RESUMED = "job_paused", "job_resumed"
+"""Events of a job's log."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ def enter(
     The UPDATE itself checks that, so no other transaction can come between.
     """
     before = [origin for origin, targets in TRANSITIONS.items() if status in targets]
+    ended = {"held": False} if status in FINAL_STATUSES else {}
     statement = (
         update(Job)
         .where(Job.status.in_(before), *where)
-        .values({"status": status, "last_event": Job.last_event + 1, "updated_at": now(), **values})
+        .values({"status": status, "last_event": Job.last_event + 1, "updated_at": now(), **ended, **values})
         .returning(Job.id, Job.tenant_id, Job.attempt, Job.last_event)
         .execution_options(synchronize_session=False)
     )
@@ -67,8 +70,25 @@ def enter(
     return Entered(job_id=row.id, tenant_id=row.tenant_id, attempt=row.attempt)
 
 
-def _tell(session: Session, job_id: str, tenant_id: str, *, sequence: int, event: StatusEvent) -> None:
-    data = document(event)
-    row = Event(job_id=job_id, sequence=sequence, tenant_id=tenant_id, attempt=event.attempt, data=data)
+def hold(session: Session, job: Job, *, held: bool) -> None:
+    """Pause or resume a job that the session has locked, and say so in its log. Its status is left alone."""
+    job.held, job.last_event, job.updated_at = held, job.last_event + 1, session.scalars(select(now())).one()
+    session.flush()
+    event = LogEvent(event=PAUSED if held else RESUMED)
+    _tell(session, job.id, job.tenant_id, sequence=job.last_event, event=event, attempt=job.attempt)
+
+
+def _tell(
+    session: Session,
+    job_id: str,
+    tenant_id: str,
+    *,
+    sequence: int,
+    event: StatusEvent | LogEvent,
+    attempt: int | None = None,
+) -> None:
+    """attempt   of a status, its own"""
+    number = event.attempt if isinstance(event, StatusEvent) else attempt
+    row = Event(job_id=job_id, sequence=sequence, tenant_id=tenant_id, attempt=number, data=document(event))
     session.add(row)
     session.flush()

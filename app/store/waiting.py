@@ -45,7 +45,7 @@ class _Waiting:
 
 
 def places(session: Session) -> dict[str, Place]:
-    """The place of every queued job, whoever's it is, by its id.
+    """The place of every queued job that is not held, whoever's it is, by its id.
 
     The order is that of the next claims, in which tenants take turns. Later ones may differ: what runs will have ended,
     and whether a tenant may have more jobs running is not looked at.
@@ -82,7 +82,7 @@ def _queue(session: Session, at: datetime) -> list[_Waiting]:
         select(Job.id, Job.device, Job.model, Job.method, Job.recipe, Job.available_at)
         .join(Tenant, Tenant.id == Job.tenant_id)
         .outerjoin(running, running.c.tenant_id == Job.tenant_id)
-        .where(Job.status == JobStatus.QUEUED)
+        .where(Job.status == JobStatus.QUEUED, Job.held.is_(False))
         .order_by(
             Job.priority.desc(),
             func.coalesce(running.c.running, 0) + turn,

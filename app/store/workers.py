@@ -93,7 +93,7 @@ def waiting(session: Session) -> dict[str, int]:
     """Number of jobs that could be claimed now, by device: `any`, `cpu` or `cuda`."""
     query = (
         select(Job.device, func.count())
-        .where(Job.status == JobStatus.QUEUED, Job.available_at <= now())
+        .where(Job.status == JobStatus.QUEUED, Job.held.is_(False), Job.available_at <= now())
         .group_by(Job.device)
     )
     return {row[0]: row[1] for row in session.execute(query)}
@@ -112,7 +112,12 @@ def waiting_times(session: Session) -> dict[str, Waiting]:
     query = (
         select(Job.device, func.count(), func.min(Job.available_at), now())
         .join(Tenant, Tenant.id == Job.tenant_id)
-        .where(Job.status == JobStatus.QUEUED, Job.available_at <= now(), Tenant.suspended_at.is_(None))
+        .where(
+            Job.status == JobStatus.QUEUED,
+            Job.held.is_(False),
+            Job.available_at <= now(),
+            Tenant.suspended_at.is_(None),
+        )
         .group_by(Job.device)
     )
     rows = {row[0]: Waiting(row[1], max((row[3] - row[2]).total_seconds(), 0.0)) for row in session.execute(query)}

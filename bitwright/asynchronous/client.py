@@ -133,6 +133,14 @@ class AsyncClient:
         """End the job; a running one stops within seconds."""
         return await self._read(JobView, "POST", f"/v1/jobs/{job_id}/cancel")
 
+    async def pause(self, job_id: str) -> JobView:
+        """Hold the job; a running one is given back within seconds, with what it has finished."""
+        return await self._read(JobView, "POST", f"/v1/jobs/{job_id}/pause")
+
+    async def resume(self, job_id: str) -> JobView:
+        """Let workers take a paused job again."""
+        return await self._read(JobView, "POST", f"/v1/jobs/{job_id}/resume")
+
     async def retry(self, job_id: str, *, hub_token: str | None = None) -> JobView:
         """Queue a failed or cancelled job again; finished blocks are kept. Its own Hub token was erased at its end."""
         return await self._read(JobView, "POST", f"/v1/jobs/{job_id}/retry", headers=_token(hub_token))

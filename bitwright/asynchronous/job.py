@@ -56,6 +56,16 @@ class AsyncJob(JobSnapshot):
         self.view = await self._client.cancel(self.id)
         return self
 
+    async def pause(self) -> Self:
+        """Hold the job; a running one is given back within seconds, with what it has finished."""
+        self.view = await self._client.pause(self.id)
+        return self
+
+    async def resume(self) -> Self:
+        """Let workers take the paused job again."""
+        self.view = await self._client.resume(self.id)
+        return self
+
     async def retry(self) -> Self:
         """Queue a failed or cancelled job again; finished blocks are kept."""
         self.view = await self._client.retry(self.id)

@@ -138,6 +138,14 @@ class AsyncJobs(_Resource):
         """End the job; a running one stops within seconds."""
         return AsyncJob(self._client, await self._client.cancel(job_id))
 
+    async def pause(self, job_id: str) -> AsyncJob:
+        """Hold the job; a running one is given back within seconds, with what it has finished."""
+        return AsyncJob(self._client, await self._client.pause(job_id))
+
+    async def resume(self, job_id: str) -> AsyncJob:
+        """Let workers take a paused job again."""
+        return AsyncJob(self._client, await self._client.resume(job_id))
+
     async def retry(self, job_id: str) -> AsyncJob:
         """Queue a failed or cancelled job again; finished blocks are kept."""
         return AsyncJob(self._client, await self._client.retry(job_id))

@@ -57,6 +57,16 @@ class Job(JobSnapshot):
         self.view = self._client.cancel(self.id)
         return self
 
+    def pause(self) -> Self:
+        """Hold the job; a running one is given back within seconds, with what it has finished."""
+        self.view = self._client.pause(self.id)
+        return self
+
+    def resume(self) -> Self:
+        """Let workers take the paused job again."""
+        self.view = self._client.resume(self.id)
+        return self
+
     def retry(self) -> Self:
         """Queue a failed or cancelled job again; finished blocks are kept."""
         self.view = self._client.retry(self.id)

@@ -139,6 +139,14 @@ class Jobs(_Resource):
         """End the job; a running one stops within seconds."""
         return Job(self._client, self._client.cancel(job_id))
 
+    def pause(self, job_id: str) -> Job:
+        """Hold the job; a running one is given back within seconds, with what it has finished."""
+        return Job(self._client, self._client.pause(job_id))
+
+    def resume(self, job_id: str) -> Job:
+        """Let workers take a paused job again."""
+        return Job(self._client, self._client.resume(job_id))
+
     def retry(self, job_id: str) -> Job:
         """Queue a failed or cancelled job again; finished blocks are kept."""
         return Job(self._client, self._client.retry(job_id))

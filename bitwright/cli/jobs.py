@@ -1,4 +1,4 @@
-"""`jobs`, `show`, `cancel`, `retry`, `download`, `methods`: one request each; `upload`, as many as its files need."""
+"""`jobs`, `show`, `cancel`, `pause`, `retry`, `download`, `methods`: one request each; `upload`, as many as needed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,6 +97,21 @@ def cancel(job_id: JobArgument, url: UrlOption = None, key: KeyOption = None, da
         job = client.cancel(job_id)
     ending = "cancelled" if job.status is JobStatus.CANCELLED else "ends within seconds"
     out().print(f"{job.id} {ending}")
+
+
+def pause(job_id: JobArgument, url: UrlOption = None, key: KeyOption = None, data_dir: DataDirOption = None) -> None:
+    """Pause a job; a running one is given back within seconds, with its finished blocks and checkpoints."""
+    with connect(url, key, data_dir) as client:
+        job = client.pause(job_id)
+    holding = "held" if job.status is JobStatus.QUEUED else "is held within seconds"
+    out().print(f"{job.id} {holding}")
+
+
+def resume(job_id: JobArgument, url: UrlOption = None, key: KeyOption = None, data_dir: DataDirOption = None) -> None:
+    """Let workers take a paused job again."""
+    with connect(url, key, data_dir) as client:
+        job = client.resume(job_id)
+    out().print(f"{job.id} {job.status.value}")
 
 
 def retry(job_id: JobArgument, url: UrlOption = None, key: KeyOption = None, data_dir: DataDirOption = None) -> None:

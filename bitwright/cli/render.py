@@ -96,11 +96,13 @@ def status_text(status: JobStatus) -> Text:
 
 
 def progress_text(job: JobView) -> str:
-    """Stage and share done of a running job, place of a queued one; the error's code of a failed one."""
+    """Stage and share done of a running job, place of a queued one or `held`; the error's code of a failed one."""
     if job.error is not None:
         return job.error.code
     if job.queue is not None:
         return queue_text(job.queue)
+    if job.held and job.status is JobStatus.QUEUED:
+        return "held"
     if job.progress is None or job.status is not JobStatus.RUNNING:
         return ""
     p = job.progress

@@ -91,8 +91,12 @@ def test_cancel_retry_and_delete_follow_the_states(any_api: Api) -> None:
     problem(any_api.client.delete(url), 409, "conflict")
     cancelled = any_api.client.post(f"{url}/cancel")
     assert (cancelled.status_code, cancelled.json()["status"]) == (202, "cancelled")
-    problem(any_api.client.post(f"{url}/cancel"), 409, "illegal_transition")
+    for verb in ("cancel", "pause", "resume"):
+        problem(any_api.client.post(f"{url}/{verb}"), 409, "illegal_transition")
     assert any_api.client.post(f"{url}/retry").json()["status"] == "queued"
+    paused = any_api.client.post(f"{url}/pause").json()
+    assert (paused["status"], paused["held"], paused["queue"]) == ("queued", True, None)
+    assert any_api.client.post(f"{url}/resume").json()["held"] is False
     held = any_api.claim()
     asked = any_api.client.post(f"{url}/cancel").json()
     assert (asked["status"], asked["cancel_requested"]) == ("running", True)

@@ -423,7 +423,7 @@ def test_a_renewed_lease_is_not_lost(database: Database, tenant: str) -> None:
     job_id = add(database, tenant)
     held = take(database, lease=5)
     with database.transaction() as session:
-        assert AttemptWriter(session, job_id, held.attempt).renew(600) is False
+        assert AttemptWriter(session, job_id, held.attempt).renew(600) is None
     job = get(database, tenant, job_id)
     assert job.lease_expires_at is not None
     assert (job.lease_expires_at - job.updated_at).total_seconds() > 590

@@ -7,7 +7,7 @@ from sqlalchemy import update
 
 from app.domain.request.job_request import JobRequest
 from app.store.artifacts import ArtifactRepository
-from app.store.attempts import AttemptWriter
+from app.store.attempts import AttemptWriter, Wish, work_waits
 from app.store.clock import seconds_from_now
 from app.store.events import EventRepository
 from app.store.idempotency import Idempotency
@@ -17,11 +17,13 @@ from app.store.jobs import JobRepository, count_by_status
 from app.store.models import Base, IdempotencyKey, Job
 from app.store.session import Database
 from app.store.uploads import NewUploadFile, UploadRepository
+from app.store.waiting import places
+from app.store.workers import waiting
 from bitwright.errors import Conflict, IllegalTransition, InvalidRequest, KeyReused, NotFound
-from bitwright.events import StatusEvent
-from bitwright.job_states import JobStatus
+from bitwright.events import LogEvent, StatusEvent
+from bitwright.job_states import DeviceClass, JobStatus
 from tests.reports import report
-from tests.store.samples import add, artifact, block, get, request, take, tell
+from tests.store.samples import add, artifact, block, get, request, take, tell, try_take
 
 KEPT = {"tenant", "api_key", "usage_month"}
 JOB_TABLES = [table for name, table in Base.metadata.tables.items() if name not in KEPT]
@@ -199,13 +201,56 @@ def test_cancel_asks_a_running_jobs_worker(database: Database, tenant: str) -> N
         job = JobRepository(session, tenant).cancel(job_id)
         assert (job.status, job.cancel_requested) == (JobStatus.RUNNING, True)
     with database.transaction() as session:
-        assert AttemptWriter(session, job_id, held.attempt).renew(60) is True
+        assert AttemptWriter(session, job_id, held.attempt).renew(60) is Wish.CANCEL
         AttemptWriter(session, job_id, held.attempt).cancelled()
     job = get(database, tenant, job_id)
     assert job.status is JobStatus.CANCELLED
     assert job.worker_id is None
     with database.reading() as session:
         assert [a.status for a in JobRepository(session, tenant).attempts(job_id)] == [JobStatus.CANCELLED]
+
+
+def test_a_held_job_waits_until_it_is_resumed(database: Database, tenant: str) -> None:
+    job_id, other = add(database, tenant, priority=1), add(database, tenant)
+    with database.transaction() as session:
+        repository = JobRepository(session, tenant)
+        assert [repository.pause(job_id).held for _ in range(2)] == [True, True]
+        assert list(places(session)) == [other], "it has no place in the queue"
+        assert waiting(session) == {"any": 1}
+    assert take(database).job_id == other
+    with database.reading() as session:
+        assert not work_waits(session, DeviceClass.CPU)
+    with database.transaction() as session:
+        assert JobRepository(session, tenant).resume(job_id).held is False
+    assert take(database).job_id == job_id
+    with database.reading() as session:
+        events = [stored.event for stored in EventRepository(session, tenant).page(job_id, 0, 10)]
+    said = [event.event for event in events if isinstance(event, LogEvent)]
+    assert said == ["job_paused", "job_resumed"]
+
+
+def test_a_running_job_is_given_back_and_held(database: Database, tenant: str, stranger: str) -> None:
+    job_id = add(database, tenant)
+    held = take(database)
+    tell(database, held, block(0))
+    with database.transaction() as session:
+        job = JobRepository(session, tenant).pause(job_id)
+        assert (job.status, job.held) == (JobStatus.RUNNING, True)
+        writer = AttemptWriter(session, job_id, held.attempt)
+        assert writer.renew(60) is Wish.HOLD
+        assert writer.release() is JobStatus.QUEUED
+    job = get(database, tenant, job_id)
+    assert (job.status, job.held, job.blocks_done, job.fruitless_attempts) == (JobStatus.QUEUED, True, 1, 0)
+    assert try_take(database) is None
+    for ask in (JobRepository.pause, JobRepository.resume):
+        with database.transaction() as session, pytest.raises(NotFound):
+            ask(JobRepository(session, stranger), job_id)
+    with database.transaction() as session:
+        job = JobRepository(session, tenant).cancel(job_id)
+        assert (job.status, job.held) == (JobStatus.CANCELLED, False), "a retry of it waits for nobody"
+        for ask in (JobRepository.pause, JobRepository.resume):
+            with pytest.raises(IllegalTransition):
+                ask(JobRepository(session, tenant), job_id)
 
 
 def test_retry_queues_a_cancelled_job_afresh(database: Database, tenant: str) -> None:

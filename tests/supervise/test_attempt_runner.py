@@ -11,6 +11,7 @@ from sqlalchemy import update
 from app.store.attempts import AttemptWriter
 from app.store.clock import seconds_from_now
 from app.store.endings import requeue_lost
+from app.store.jobs import JobRepository
 from app.store.models import Job
 from bitwright.events import ProgressEvent, StatusEvent
 from bitwright.job_states import JobStatus
@@ -180,6 +181,20 @@ def test_a_stopping_worker_gives_the_job_back_uncounted(sqlite_bench: Bench) -> 
     assert running.wait() is JobStatus.QUEUED
     assert sqlite_bench.job(job_id).fruitless_attempts == 0
     sqlite_bench.context.stopping.clear()
+    assert sqlite_bench.run() is JobStatus.SUCCEEDED
+
+
+def test_a_paused_job_is_given_back_and_goes_on_when_it_is_resumed(sqlite_bench: Bench) -> None:
+    job_id = sqlite_bench.submit("once:hang,file:a.json:{}")
+    running = sqlite_bench.start()
+    running.log_event("hanging")
+    with sqlite_bench.context.database.transaction() as session:
+        JobRepository(session, sqlite_bench.tenant_id).pause(job_id)
+    assert running.wait() is JobStatus.QUEUED
+    job = sqlite_bench.job(job_id)
+    assert (job.held, job.fruitless_attempts) == (True, 0)
+    with sqlite_bench.context.database.transaction() as session:
+        JobRepository(session, sqlite_bench.tenant_id).resume(job_id)
     assert sqlite_bench.run() is JobStatus.SUCCEEDED
 
 

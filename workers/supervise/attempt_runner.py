@@ -32,7 +32,7 @@ from workers.supervise.child_process import ChildProcess
 from workers.supervise.context import WorkerContext
 from workers.supervise.events import EventBuffer, LineReader
 from workers.supervise.exit_errors import error_of_exit
-from workers.supervise.lease import JobCancelled, LeaseKeeper, WorkerStopping
+from workers.supervise.lease import JobCancelled, JobPaused, LeaseKeeper, WorkerStopping
 from workers.supervise.memory_limit import PREFIX, MemoryWatch, watched
 from workers.supervise.outputs import store_outputs
 from workers.supervise.requirements import missed_requirement
@@ -86,7 +86,7 @@ def _to_the_end(attempt: "_Attempt") -> JobStatus:
     except JobCancelled:
         attempt.write(lambda writer: writer.cancelled())
         return JobStatus.CANCELLED
-    except WorkerStopping:
+    except (WorkerStopping, JobPaused):
         return attempt.write(lambda writer: writer.release())
     except BitwrightError as error:
         log.warning("attempt_failed", code=error.code, detail=error.detail)

@@ -6,7 +6,7 @@ from typing import Self
 
 import structlog
 
-from app.store.attempts import AttemptWriter, Claim
+from app.store.attempts import AttemptWriter, Claim, Wish
 from bitwright.errors import AttemptSuperseded, TimeLimitExceeded, Unavailable
 from workers.supervise.context import WorkerContext
 
@@ -18,6 +18,10 @@ log = structlog.get_logger(__name__)
 
 class JobCancelled(Exception):
     """A caller asked to cancel the job."""
+
+
+class JobPaused(Exception):
+    """A caller asked to pause the job."""
 
 
 class WorkerStopping(Exception):
@@ -35,6 +39,7 @@ class LeaseKeeper:
         self._deadline = time.monotonic() + limit
         self._done = threading.Event()
         self._cancelled = threading.Event()
+        self._paused = threading.Event()
         self._lost = threading.Event()
         self._interval = min(RENEW_SECONDS, context.settings.heartbeat_seconds)
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -45,6 +50,7 @@ class LeaseKeeper:
         Raises:
             AttemptSuperseded: another attempt holds the job; nothing may be written.
             JobCancelled: a caller cancelled.
+            JobPaused: a caller paused it; a later attempt goes on from its last block or checkpoint.
             TimeLimitExceeded: the attempt has run for too long.
             WorkerStopping: the worker process is asked to end.
         """
@@ -52,6 +58,8 @@ class LeaseKeeper:
             raise AttemptSuperseded(f"attempt {self._claim.attempt} of {self._claim.job_id} lost its lease")
         if self._cancelled.is_set():
             raise JobCancelled
+        if self._paused.is_set():
+            raise JobPaused
         if time.monotonic() > self._deadline:
             hint = "raise time_limit_seconds, or ask for fewer steps or sequences; a retry goes on from the last block"
             raise TimeLimitExceeded(
@@ -65,7 +73,7 @@ class LeaseKeeper:
         try:
             with self._context.database.transaction() as session:
                 writer = AttemptWriter(session, self._claim.job_id, self._claim.attempt)
-                cancelled = writer.renew(self._context.settings.lease_seconds)
+                wish = writer.renew(self._context.settings.lease_seconds)
         except AttemptSuperseded:
             self._lost.set()
         except Unavailable as error:
@@ -73,8 +81,8 @@ class LeaseKeeper:
         except Exception as error:  # a driver's own kinds, too: a lease that nobody renews any more ends the attempt
             log.warning("lease_not_renewed", error=type(error).__name__)
         else:
-            if cancelled:
-                self._cancelled.set()
+            if wish is not None:
+                (self._cancelled if wish is Wish.CANCEL else self._paused).set()
 
     def _keep(self) -> None:
         with structlog.contextvars.bound_contextvars(job_id=self._claim.job_id, attempt=self._claim.attempt):
