@@ -107,7 +107,7 @@ def claim(
 
 
 class Wish(StrEnum):
-    """What a caller has asked of a job that runs."""
+    """Wish of a caller for a job that runs."""
 
     CANCEL = "cancel"
     HOLD = "hold"
