@@ -118,6 +118,44 @@ def test_candidates_are_judged_by_the_output_of_the_part() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("together", [3, 20])
+def test_candidates_that_are_rounded_at_once_are_those_of_one_after_another(
+    together: int, monkeypatch: pytest.MonkeyPatch, *, symmetric: bool
+) -> None:
+    """As on a GPU, with all sequences in one pass: errors are sums in another order, choices are the same."""
+    scheme = W3.model_copy(update={"symmetric": symmetric})
+    task = gated_task(dict.fromkeys(GATED, scheme))
+    expected = AWQ().quantize_block(task, AWQSpec())
+    monkeypatch.setattr(awq, "_together", lambda _: together)
+    monkeypatch.setattr(awq, "fits_at_once", lambda *_: True)
+    found = AWQ().quantize_block(task, AWQSpec())
+    for name, linear in expected.linears.items():
+        assert torch.equal(found.linears[name].weight.codes, linear.weight.codes)
+        assert torch.equal(found.linears[name].affine.scale, linear.affine.scale)
+        columns, theirs = found.linears[name].scaling.columns, linear.scaling.columns
+        assert torch.equal(torch.as_tensor(columns), torch.as_tensor(theirs))
+
+
+def test_a_search_that_finds_no_memory_for_all_sequences_takes_them_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, passes = gated_task(GATED), BlockTask.passes
+    expected = AWQ().quantize_block(task, AWQSpec())
+    refused: list[int] = []
+
+    def pass_some(self: BlockTask, inputs: Tensor) -> Any:
+        if self.micro_batch > task.micro_batch:
+            refused.append(self.micro_batch)
+            raise torch.OutOfMemoryError
+        return passes(self, inputs)
+
+    monkeypatch.setattr(BlockTask, "passes", pass_some)
+    monkeypatch.setattr(awq, "fits_at_once", lambda *_: True)
+    found = AWQ().quantize_block(task, AWQSpec())
+    assert refused == [len(task.inputs)] * 2
+    for name, linear in expected.linears.items():
+        assert torch.equal(found.linears[name].weight.codes, linear.weight.codes)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 def test_a_range_is_clipped_where_its_products_gain(symmetric: bool) -> None:
     """Of the ten ranges, the one whose products with the inputs are closest, computed from the inputs themselves."""
     torch.manual_seed(2)

@@ -162,7 +162,7 @@ def test_one_pass_of_all_sequences_gives_what_parts_of_passes_give(
             raise torch.OutOfMemoryError
         return real(hessian, damping)
 
-    monkeypatch.setattr("workers.methods.gptq._at_once", lambda _: True)
+    monkeypatch.setattr("workers.methods.gptq.fits_at_once", lambda *_: True)
     monkeypatch.setattr("workers.methods.gptq.inverse_factor", factors)
     found = GPTQ().quantize_block(task, GPTQSpec()).linears
     for name, linear in expected.items():

@@ -34,7 +34,7 @@ it has fewer outputs than o has inputs (grouped queries); both are counted. Left
 inputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -47,6 +47,7 @@ from app.domain.methods.named_schemes import ScaleType
 from workers.contracts.blocks import BlockTask, Fold, Method
 from workers.contracts.experts import all_called
 from workers.contracts.results import BlockResult
+from workers.contracts.whole_passes import fits_at_once
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.blocks.search import search_blocks
 from workers.numerics.floats.float_grids import quantize, searched
@@ -58,6 +59,8 @@ STEPS = 20
 """Number of steps in the interval of alpha, and in that of c."""
 SMALLEST_CLIP = 0.5
 """Lower limit of c, exclusive."""
+ELEMENTS_AT_ONCE = 1 << 28
+"""Of weights that a GPU rounds together for several candidates, in fp32."""
 
 
 class AWQ:
@@ -143,24 +146,52 @@ def observe(task: BlockTask, inputs: Tensor) -> dict[str, Observed]:
 
 def search_scale(task: BlockTask, fold: Fold, magnitude: Tensor, inputs: Tensor) -> Tensor:
     """The s of the module docstring for one fold, (in,), by the error on the block's `inputs`."""
-    calls = _calls(task, inputs, task.block.get_submodule(fold.measured))
-    targets = [call() for call in calls]
-    weights = {name: task.linear(name).weight for name in fold.linears}
-    shared = any(shares_scale(task.schemes[name]) for name in weights)
-    candidates = [_scale(magnitude, step / STEPS) for step in range(STEPS)]
-    errors = torch.zeros(STEPS, dtype=torch.float64, device=magnitude.device)
-    with task.restored():
-        for step, scale in enumerate(candidates):
-            moved = {name: scale * weight.to(scale.dtype) for name, weight in weights.items()}
-            amax = task.joined_amax(moved) if shared else {}
-            for name, weight in weights.items():
-                moments = _scaled_moments(task, name, scale)
-                rounded = _round(moved[name], task.schemes[name], task.scale_dtype, amax.get(name), moments)
-                task.linear(name).weight = nn.Parameter((rounded / scale).to(weight.dtype), requires_grad=False)
-            for call, target in zip(calls, targets, strict=True):
-                errors[step] += (call().to(scale.dtype) - target).square().sum(dtype=torch.float64)
+    candidates = torch.stack([_scale(magnitude, step / STEPS) for step in range(STEPS)])
+    whole = replace(task, micro_batch=len(inputs)) if fits_at_once(task, inputs) else task
+    try:
+        errors = _errors(whole, fold, candidates, inputs)
+    except torch.OutOfMemoryError:
+        errors = None
+    # Outside the except clause, which holds the tensors of the failed search.
+    errors = _errors(task, fold, candidates, inputs) if errors is None else errors
     task.sum_(errors)
-    return candidates[int(errors.nan_to_num(torch.inf).argmin())]
+    # A choice of one row, which is made where the errors are: nobody waits for the device.
+    return candidates.index_select(0, errors.nan_to_num(torch.inf).argmin().view(1))[0]
+
+
+def _errors(task: BlockTask, fold: Fold, candidates: Tensor, inputs: Tensor) -> Tensor:
+    """Squared errors of a fold's part on the block's `inputs` for each s of `candidates` (count, in), fp64 (count,)."""
+    calls = _calls(task, inputs, task.block.get_submodule(fold.measured))
+    targets = [call().to(candidates.dtype) for call in calls]
+    errors = torch.zeros(len(candidates), dtype=torch.float64, device=candidates.device)
+    with task.restored():
+        for step, rounded in enumerate(_rounded(task, fold.linears, candidates)):
+            for name, weight in rounded.items():
+                task.linear(name).weight = nn.Parameter(weight, requires_grad=False)
+            for call, target in zip(calls, targets, strict=True):
+                errors[step] += (call() - target).square_().sum(dtype=torch.float64)
+    return errors
+
+
+def _rounded(task: BlockTask, names: Sequence[str], candidates: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Q(W s) / s of some linears for one s after another, of which as many are rounded at once as `_together` says."""
+    weights, schemes = {name: task.linear(name).weight for name in names}, task.schemes
+    alike = all(schemes[name].form is Form.AFFINE for name in names)
+    shared = any(shares_scale(schemes[name]) for name in names)
+    for scales in candidates.split(_together(weights.values()) if alike else 1):
+        by_name = {name: scales.unsqueeze(1) * weight.to(scales.dtype) for name, weight in weights.items()}
+        amax = task.joined_amax({name: moved[0] for name, moved in by_name.items()}) if shared else {}
+        for name, moved in by_name.items():
+            moments = _scaled_moments(task, name, scales[0])
+            rounded = _round(moved.flatten(0, 1), schemes[name], task.scale_dtype, amax.get(name), moments)
+            by_name[name] = (rounded.view_as(moved) / scales.unsqueeze(1)).to(weights[name].dtype)
+        yield from ({name: made[number] for name, made in by_name.items()} for number in range(len(scales)))
+
+
+def _together(weights: Iterable[Tensor]) -> int:
+    """Candidates whose weights are computed at once: what fits a GPU; elsewhere one, which stays in a cache."""
+    weights = list(weights)
+    return max(1, ELEMENTS_AT_ONCE // sum(w.numel() for w in weights)) if weights[0].is_cuda else 1
 
 
 def settle(block: nn.Module, fold: Fold, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -243,18 +274,19 @@ def clip_ranges(w: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.d
 
     hessian   (groups, G, G), of the inputs that `w` is multiplied by
     """
-    full = GroupRange.of(w)
+    full, shares = GroupRange.of(w), [1 - step / STEPS for step in range(round(STEPS * (1 - SMALLEST_CLIP)))]
     widest = torch.maximum(-full.low, full.high)
     best, least = full, torch.full_like(widest, torch.inf)
-    for step in range(round(STEPS * (1 - SMALLEST_CLIP))):
-        m = widest * (1 - step / STEPS)
-        clipped = GroupRange(torch.maximum(full.low, -m), torch.minimum(full.high, m))
-        grid = affine_grid(clipped, scheme, scale_dtype)
-        error = (_dequantize(round_to_grid(w, grid)[0], grid) - w).transpose(0, 1)
-        cost = ((error @ hessian) * error).sum(-1).T
-        better = cost < least
-        least = torch.where(better, cost, least)
-        best = GroupRange(torch.where(better, clipped.low, best.low), torch.where(better, clipped.high, best.high))
+    for some in w.new_tensor(shares).split(_together([w])):
+        m = widest * some.view(-1, 1, 1)
+        tried = GroupRange(torch.maximum(full.low, -m), torch.minimum(full.high, m))
+        grid = affine_grid(tried, scheme, scale_dtype)
+        errors = (_dequantize(round_to_grid(w, grid)[0], grid) - w).flatten(0, 1).transpose(0, 1)
+        costs = ((errors @ hessian) * errors).sum(-1).T.reshape(m.shape)
+        for cost, low, high in zip(costs, tried.low, tried.high, strict=True):
+            better = cost < least
+            least = torch.where(better, cost, least)
+            best = GroupRange(torch.where(better, low, best.low), torch.where(better, high, best.high))
     return best
 
 

@@ -52,8 +52,9 @@ from torch import Tensor, nn
 
 from app.domain.methods import Form, GPTQSpec, Scheme
 from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
-from workers.contracts.experts import all_called, experts_of, seen_together
+from workers.contracts.experts import all_called, seen_together
 from workers.contracts.results import BlockResult
+from workers.contracts.whole_passes import fits_at_once
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped
 from workers.numerics.backend import column_kernels
 from workers.numerics.backends.column_operators import COLUMNS, Columns, IntegerGrid
@@ -147,7 +148,7 @@ class GPTQ(KernelMethod[GPTQSpec]):
                     linears[name].weight = nn.Parameter(results[name].weight.dequantize(), requires_grad=False)
                 task.tick(len(results) / len(linears))
 
-            done = _in_one_pass(task, groups, quantize) if _at_once(task) else 0
+            done = _in_one_pass(task, groups, quantize) if fits_at_once(task, task.inputs) else 0
             for names, hessian in _hessians(task, groups[done:]):
                 quantize(names, hessian)
         return BlockResult(results, counters={name: float(count) for name, count in counters.items()})
@@ -173,20 +174,6 @@ class GPTQ(KernelMethod[GPTQSpec]):
 
 class _Done(Exception):
     """Ends a pass whose every linear is quantized."""
-
-
-def _at_once(task: BlockTask) -> bool:
-    """True if all sequences can go through the block together: what its linears read and write is a quarter of a GPU.
-
-    A rule that does not look at the memory that happens to be free, so that a job computes the same again.
-    """
-    if task.device.type != "cuda" or experts_of(task.block):
-        return False
-    linears, tokens = [task.linear(name) for name in task.schemes], task.inputs[..., 0].numel()
-    numbers = [tokens * (linear.in_features + linear.out_features) for linear in linears]
-    memory = torch.cuda.get_device_properties(task.device).total_memory
-    # Kernels of blocks address two such tensors side by side by 32 bits.
-    return sum(numbers) * task.inputs.element_size() <= memory // 4 and 2 * max(numbers, default=0) < 1 << 31
 
 
 def _in_one_pass(
