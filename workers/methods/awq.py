@@ -178,7 +178,7 @@ def _rounded(task: BlockTask, names: Sequence[str], candidates: Tensor) -> Itera
     weights, schemes = {name: task.linear(name).weight for name in names}, task.schemes
     alike = all(schemes[name].form is Form.AFFINE for name in names)
     shared = any(shares_scale(schemes[name]) for name in names)
-    for scales in candidates.split(_together(weights.values()) if alike else 1):
+    for scales in torch.split(candidates, _together(weights.values()) if alike else 1):
         by_name = {name: scales.unsqueeze(1) * weight.to(scales.dtype) for name, weight in weights.items()}
         amax = task.joined_amax({name: moved[0] for name, moved in by_name.items()}) if shared else {}
         for name, moved in by_name.items():
@@ -277,7 +277,7 @@ def clip_ranges(w: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.d
     full, shares = GroupRange.of(w), [1 - step / STEPS for step in range(round(STEPS * (1 - SMALLEST_CLIP)))]
     widest = torch.maximum(-full.low, full.high)
     best, least = full, torch.full_like(widest, torch.inf)
-    for some in w.new_tensor(shares).split(_together([w])):
+    for some in torch.split(w.new_tensor(shares), _together([w])):
         m = widest * some.view(-1, 1, 1)
         tried = GroupRange(torch.maximum(full.low, -m), torch.minimum(full.high, m))
         grid = affine_grid(tried, scheme, scale_dtype)
