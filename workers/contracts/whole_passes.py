@@ -1,4 +1,4 @@
-"""Whether many sequences may go through a block at once."""
+"""The rule by which many sequences go through a block at once."""
 
 import torch
 from torch import Tensor
