@@ -45,6 +45,7 @@ class JobFields(TypedDict, total=False):
     priority: int
     time_limit_seconds: int | None
     metadata: Mapping[str, str]
+    name: str | None
 
 
 def request_body(fields: JobFields, extra_body: JsonObject | None) -> dict[str, Any]:

@@ -115,6 +115,7 @@ class RequestView(RequestPart):
     priority: int | None = None
     time_limit_seconds: int | None = None
     metadata: dict[str, str] | None = None
+    name: str | None = None
 
 
 def shorthand_fields(body: Mapping[str, object]) -> tuple[str, ...]:

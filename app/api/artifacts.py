@@ -1,5 +1,6 @@
 """The files that a job made: listed, or sent with everything that a careful downloader asks for."""
 
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,8 +21,13 @@ from app.api.http.content import (
 from app.api.http.documentation import binary, problems, text_header
 from app.api.representations import artifact_view
 from app.api.tenancy.downloads import note_download
+from app.api.tenancy.later import WrittenLater
+from app.domain.access import Principal
 from app.domain.media_types import MEDIA_TYPES, TENSORS
 from app.store.artifacts import ArtifactRepository
+from app.store.blobs import BlobStore
+from app.store.models import Artifact
+from app.store.session import Database
 from bitwright.errors import StorageError
 from bitwright.views import ArtifactView, Page
 
@@ -69,26 +75,7 @@ def get_content(
     """The bytes of a file, or one range of them. With several ranges, or one that does not parse, all of it comes."""
     with database.reading() as session:
         artifact = ArtifactRepository(session, principal.tenant_id).get(artifact_id)
-    etag = f'"{artifact.sha256}"'
-    headers = representation_headers(etag, PurePosixPath(artifact.path).name, IMMUTABLE)
-    headers |= {"Repr-Digest": sha256_digest(artifact.sha256), "Accept-Ranges": "bytes"}
-    if conditions(request.headers, etag):
-        return Response(status_code=304, headers={"ETag": etag, "Cache-Control": headers["Cache-Control"]})
-    span = selected_span(request.headers, etag, artifact.size) if request.method == "GET" else None
-    if not blobs.exists(artifact.sha256):
-        raise StorageError(f"the bytes of artifact {artifact_id} are missing in the blob store")
-    status, extent = 200, span or Span(0, artifact.size)
-    if span is not None:
-        status = 206
-        headers["Content-Range"] = f"bytes {span.start}-{span.start + span.length - 1}/{artifact.size}"
-    if request.method == "GET":
-        note_download(later, database, principal, "artifact.downloaded", artifact_id, extent.length)
-    chunks = (
-        iter(())
-        if request.method == "HEAD"
-        else blobs.read_range(artifact.sha256, extent.start, extent.start + extent.length)
-    )
-    return stream(chunks, extent.length, media_type=artifact.media_type, headers=headers, status=status)
+    return send_artifact(artifact, request, principal, database, blobs, later)
 
 
 @router.head(
@@ -103,3 +90,37 @@ def head_content(
 ) -> Response:
     """Headers of the GET, without the bytes."""
     return get_content(artifact_id, request, principal, database, blobs, later)
+
+
+def send_artifact(
+    artifact: Artifact,
+    request: Request,
+    principal: Principal,
+    database: Database,
+    blobs: BlobStore,
+    later: WrittenLater,
+    *,
+    more_headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The answer to a GET or HEAD of an artifact's content, with more headers, or others in place of its own."""
+    etag = f'"{artifact.sha256}"'
+    own = representation_headers(etag, PurePosixPath(artifact.path).name, IMMUTABLE)
+    own |= {"Repr-Digest": sha256_digest(artifact.sha256), "Accept-Ranges": "bytes"}
+    headers = {**own, **(more_headers or {})}
+    if conditions(request.headers, etag):
+        return Response(status_code=304, headers={"ETag": etag, "Cache-Control": headers["Cache-Control"]})
+    span = selected_span(request.headers, etag, artifact.size) if request.method == "GET" else None
+    if not blobs.exists(artifact.sha256):
+        raise StorageError(f"the bytes of artifact {artifact.id} are missing in the blob store")
+    status, extent = 200, span or Span(0, artifact.size)
+    if span is not None:
+        status = 206
+        headers["Content-Range"] = f"bytes {span.start}-{span.start + span.length - 1}/{artifact.size}"
+    if request.method == "GET":
+        note_download(later, database, principal, "artifact.downloaded", artifact.id, extent.length)
+    chunks = (
+        iter(())
+        if request.method == "HEAD"
+        else blobs.read_range(artifact.sha256, extent.start, extent.start + extent.length)
+    )
+    return stream(chunks, extent.length, media_type=artifact.media_type, headers=headers, status=status)

@@ -11,6 +11,7 @@ from app.domain.request.job_request import JobRequest
 from app.domain.request.source_walk import read_uploads
 from app.domain.request.sources import LocalModel, ModelSource
 from app.store.clock import now
+from app.store.hub.names import take_name
 from app.store.idempotency import Idempotency, find_key, made_by, take_key
 from app.store.ids import is_id, new_id, require_id
 from app.store.job_pages import JobFilters, newest_jobs
@@ -43,6 +44,7 @@ class JobRepository:
 
         Raises:
             InvalidRequest: an upload that the request names does not exist or is not complete.
+            Conflict: another job has the name.
             KeyReused: the key was used for another request.
         """
         job_id = new_id("job")
@@ -56,6 +58,8 @@ class JobRepository:
         begin(self._session, _queued(job_id, self._tenant_id, request, recipe))
         for name, value in request.metadata.items():
             self._session.add(JobLabel(job_id=job_id, tenant_id=self._tenant_id, name=name, value=value))
+        if request.name is not None:
+            take_name(self._session, self._tenant_id, job_id, request.name)
         for upload_id in uploads:
             self._session.add(JobUpload(job_id=job_id, tenant_id=self._tenant_id, upload_id=upload_id))
         self._session.flush()

@@ -198,6 +198,16 @@ class JobLabel(Base):
     tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"))
 
 
+class JobName(Base):
+    """The name that a tenant gave to a job: that of a repository, for clients of a Hub."""
+
+    __tablename__ = "job_name"
+
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(96), primary_key=True)
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), index=True, unique=True)
+
+
 class JobUpload(Base):
     """An upload that a job reads; it cannot be deleted while the job may still run."""
 

@@ -68,6 +68,9 @@ def submit(
         list[str] | None, typer.Option(help="Fail unless this runtime loads the result: vllm, llama.cpp, ...")
     ] = None,
     metadata: Annotated[list[str] | None, typer.Option(help="A label, name=value.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The result's name for `hf download` and others: name or org/name.")
+    ] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key never makes a second job.")] = None,
     hub_token_file: Annotated[
         Path | None,
@@ -95,7 +98,7 @@ def submit(
     limits = {"max_perplexity_ratio": max_perplexity_ratio, "max_kl_divergence": max_kl_divergence}
     set_section(body, "require", limits | {"min_top1_agreement": min_top1_agreement, "loads": require_load})
     set_section(body, "metadata", parse_labels(metadata))
-    set_fields(body, {"formats": format, "verify": verify})
+    set_fields(body, {"formats": format, "verify": verify, "name": name})
     if not evaluation:
         body["evaluation"] = None
     with connect(url, key, data_dir) as client:

@@ -49,7 +49,7 @@ def test_the_document_is_valid_and_complete(api: Api) -> None:
             for status, answer in operation["responses"].items()
             if "application/problem+json" in answer.get("content", {})
         }
-        if path.startswith("/v1/"):
+        if path.startswith(("/v1/", "/hub/")):
             assert operation["security"] == [{"ApiKey": []}], where
             assert {"401", "403", "422", "503", "500"} <= problems, where
         if "{" in path:
@@ -131,6 +131,7 @@ def real_ids(api: Api) -> dict[str, list[str]]:
     tenant = api.admin.post("/v1/admin/tenants", json={"name": "generated"}).json()["id"]
     keys = [api.admin.post(f"/v1/admin/tenants/{tenant}/keys", json={"name": "x"}).json()["id"] for _ in range(3)]
     texts = {"name": ["text.jsonl"], "tenant_id": [tenant], "key_id": keys}
+    texts |= {"namespace": ["jobs"], "repository": jobs[:3], "revision": ["main"], "path": ["config.json"]}
     return {"job_id": jobs, "artifact_id": artifacts, "upload_id": uploads, **texts}
 
 

@@ -25,6 +25,7 @@ TAGS = [
     {"name": "events", "description": "What a job tells while it runs."},
     {"name": "artifacts", "description": "The files that a job made."},
     {"name": "uploads", "description": "Send a checkpoint or a text in parts."},
+    {"name": "hub", "description": "Finished jobs as repositories, for clients of a Hub with `HF_ENDPOINT`."},
     {"name": "catalogue", "description": "What there is: methods, formats, workers."},
     {"name": "admin", "description": "For operators: tenants, their keys, quotas, use and the audit log."},
     {"name": "health", "description": "For orchestrators and monitoring."},

@@ -118,6 +118,7 @@ def export_request(base: JobRequest, job_id: str, asked: ExportRequest) -> JobRe
         "priority": asked.priority,
         "time_limit_seconds": None,
         "metadata": asked.metadata,
+        "name": None,
     }
     return base.model_copy(update=changed)
 

@@ -17,6 +17,7 @@ from app.domain.request.base_job import JOB_ID, BaseJob, Folded
 from app.domain.request.combination_rules import result_problems
 from app.domain.request.finetuning import Finetune
 from app.domain.request.goal_problems import goal_problems
+from app.domain.request.job_name import JobName
 from app.domain.request.loading_rules import loading_problems
 from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems, text_problems, with_new_problems
 from app.domain.request.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
@@ -149,6 +150,12 @@ class JobRequest(RequestPart):
     )
     metadata: dict[MetadataKey, MetadataValue] = Field(
         default_factory=dict, max_length=16, description="Up to 16 labels of your own; lists filter by them."
+    )
+    name: JobName | None = Field(
+        default=None,
+        description="Name of the result for clients of a Hub: `name` is read as `jobs/name`, `org/name` as it is. One "
+        "job of yours has it, until that job is deleted.",
+        examples=["llama-w4"],
     )
 
     @property

@@ -46,6 +46,11 @@ def policy_of(session: Session, tenant_id: str, defaults: Quotas) -> Policy:
     )
 
 
+def tenant_name(session: Session, tenant_id: str) -> str:
+    """The name of a tenant that is there."""
+    return session.scalars(select(Tenant.name).where(Tenant.id == tenant_id)).one()
+
+
 def own_quotas(stored: Mapping[str, object] | None) -> Quotas:
     """A tenant's own quotas; names that a later release has stored are left out."""
     known = {name: value for name, value in (stored or {}).items() if name in Quotas.model_fields}

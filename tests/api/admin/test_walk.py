@@ -41,7 +41,7 @@ def needed(operation_id: str, method: str, path: str) -> Scope:
 def ids(any_api: Api) -> dict[str, str]:
     """Ids of the first tenant, by the parameter of a path."""
     job_id = any_api.submit(formats=["native"])
-    any_api.succeed(any_api.claim(), {"native": {"bitwright.json": b"{}", "secret.bin": b"theirs"}})
+    any_api.succeed(any_api.claim(), {"native": {"bitwright.json": b"{}", "secret.bin": b"theirs", "folder/x": b""}})
     artifacts = any_api.client.get(f"/v1/jobs/{job_id}/artifacts").json()["items"]
     upload = any_api.client.post("/v1/uploads", json={"files": FILES}).json()["id"]
     (key, *_) = any_api.admin.get(f"/v1/admin/tenants/{any_api.tenant_id}/keys").json()["items"]
@@ -50,13 +50,18 @@ def ids(any_api: Api) -> dict[str, str]:
         "artifact_id": artifacts[0]["id"],
         "upload_id": upload,
         "name": "t.jsonl",
+        "namespace": "jobs",
+        "repository": job_id,
+        "revision": "native",
+        "path": "secret.bin",
+        "folder": "folder",
         "tenant_id": any_api.tenant_id,
         "key_id": key["id"],
     }
 
 
 def calls(api: Api, ids: dict[str, str]) -> Iterator[tuple[str, str, str, str]]:
-    """(operation id, method, path with the first tenant's ids, template) of everything under /v1."""
+    """(operation id, method, path with the first tenant's ids, template) of everything that needs a key."""
     for path, method, operation in operations(api.anonymous.get("/openapi.json").json()):
         if operation["operationId"] not in PUBLIC:
             yield operation["operationId"], method, path.format(**ids), path
@@ -116,11 +121,11 @@ def test_other_tenants_ids_do_not_exist_and_show_nowhere(any_api: Api, ids: dict
             status, body = ask(client, operation_id, method, url)
             if "{" in template:
                 assert status == 404, f"{method} {template}: {status} {body}"
-            shown = {name for name, value in ids.items() if name != "name" and value not in url and value in body}
+            shown = {name for name, value in ids.items() if name[-3:] == "_id" and value not in url and value in body}
             assert not shown, f"{method} {template} shows {shown}"
             assert "theirs" not in body
     kept = any_api.client.get(f"/v1/jobs/{ids['job_id']}/artifacts").json()["items"]
-    assert len(kept) == 2, "nothing of it was changed"
+    assert len(kept) == 3, "nothing of it was changed"
     assert any_api.client.get(f"/v1/uploads/{ids['upload_id']}").json()["status"] == "open"
 
 
@@ -134,5 +139,6 @@ def test_a_key_of_one_tenant_is_not_anothers(any_api: Api, ids: dict[str, str]) 
 
 def test_the_walk_knows_every_parameter(any_api: Api, ids: dict[str, str]) -> None:
     templates = {template for *_, template in calls(any_api, ids)}
-    assert len(templates) >= 26
+    assert len(templates) >= 34
+    assert {"/hub/{namespace}/{repository}/resolve/{revision}/{path}", "/hub/api/whoami-v2"} <= templates
     assert {"/v1/admin/audit", "/v1/usage", "/v1/admin/tenants/{tenant_id}/keys/{key_id}/rotate"} <= templates
