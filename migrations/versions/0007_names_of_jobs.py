@@ -12,7 +12,7 @@ depends_on: str | Sequence[str] | None = None
 
 
 def upgrade() -> None:
-    """Apply. A process of the release before goes on: it refuses the field `name`, and deletes names with their jobs."""
+    """Apply. A process of the release before goes on: it refuses `name`, and deletes names with their jobs."""
     op.create_table(
         "job_name",
         sa.Column("tenant_id", sa.String(length=30), nullable=False),

@@ -19,7 +19,7 @@ from app.domain.request.problems import MAX_PROBLEMS, closest
 from bitwright.errors import FieldProblem, InvalidRequest, shorten
 
 OTHERS = ("/hub/",)
-"""Paths of interfaces that are not ours: each version of their clients sends other parameters, which are passed over."""
+"""Paths of other services' interfaces: each version of their clients sends parameters of its own, passed over here."""
 NO_BODY = (b"", b"{}", b"null")
 """Bodies of clients that have nothing to say."""
 

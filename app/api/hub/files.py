@@ -78,7 +78,7 @@ def head_file(
     )
 
 
-@router.api_route("/hub/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)
-def no_namespace(name: str, revision: str, path: str, principal: Reader) -> Response:
+@router.api_route("/hub/{name}/resolve/{_revision}/{_path:path}", methods=["GET", "HEAD"], include_in_schema=False)
+def no_namespace(name: str, _: Reader) -> Response:
     """Nothing: every repository here has a namespace."""
     raise NoRepository(f"there is no repository {name!r}; jobs are jobs/<id>, jobs/<name> or <org>/<name>")

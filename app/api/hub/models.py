@@ -147,7 +147,7 @@ def tree_of_folder(
 
 
 @router.get("/hub/api/models/{name}", include_in_schema=False)
-def no_namespace(name: str, principal: Reader) -> Response:
+def no_namespace(name: str, _: Reader) -> Response:
     """Nothing: every repository here has a namespace."""
     raise NoRepository(f"there is no repository {name!r}; jobs are jobs/<id>, jobs/<name> or <org>/<name>")
 

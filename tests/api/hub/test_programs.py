@@ -124,10 +124,11 @@ def test_hf_download_of_each_line_of_the_client(service: Service, job: str, tmp_
     assert done.returncode == 0, done.stdout + done.stderr
     got = {path: content for path, content in files_of(folder).items() if not path.startswith(".cache")}
     assert got == stored(service, job, "merged")
-    no_key = run([hf, "download", "jobs/tiny", "--local-dir", str(folder)], environment(service, tmp_path, None))
+    elsewhere = ["--local-dir", str(tmp_path / "elsewhere")]  # where nothing is that the client would make do with
+    no_key = run([hf, "download", "jobs/tiny", *elsewhere], environment(service, tmp_path, None))
     assert no_key.returncode != 0
-    assert "not found" in (no_key.stdout + no_key.stderr).lower()
-    wrong = run([hf, "download", "jobs/tiny", "--revision", "v9", "--local-dir", str(folder)], env)
+    assert "not found" in (no_key.stdout + no_key.stderr).lower(), no_key.stdout + no_key.stderr
+    wrong = run([hf, "download", "jobs/tiny", "--revision", "v9", *elsewhere], env)
     assert wrong.returncode != 0
     assert "revision" in (wrong.stdout + wrong.stderr).lower()
 

@@ -95,17 +95,20 @@ def test_what_clients_ask_of_a_repository(service: Service, job: str, tmp_path: 
     api = client(service)
     info = api.model_info(f"jobs/{job}", files_metadata=True)
     sizes = {s.rfilename: s.size for s in info.siblings or []}
-    assert info.private and info.id == "acme/tiny-w4"
+    assert info.private
+    assert info.id == "acme/tiny-w4"
     assert sizes == {p: len(c) for p, c in FILES.items()} | {f"peft/{p}": len(c) for p, c in ADAPTER.items()}
     assert [b.name for b in api.list_repo_refs(f"jobs/{job}").branches] == [
         "main",
         *("compressed-tensors", "native", "peft"),
     ]
     top = {entry.path: type(entry).__name__ for entry in api.list_repo_tree(f"jobs/{job}")}
-    assert top["original"] == top["peft"] == "RepoFolder" and top["config.json"] == "RepoFile"
+    assert top["original"] == top["peft"] == "RepoFolder"
+    assert top["config.json"] == "RepoFile"
     inside = [entry.path for entry in api.list_repo_tree(f"jobs/{job}", "original")]
     assert inside == ["original/notes.txt"]
-    assert api.file_exists(f"jobs/{job}", "config.json") and not api.file_exists(f"jobs/{job}", "nothing.json")
+    assert api.file_exists(f"jobs/{job}", "config.json")
+    assert not api.file_exists(f"jobs/{job}", "nothing.json")
     assert api.whoami()["name"] == "default"
     api.auth_check(f"jobs/{job}")
     local = api.snapshot_download(f"jobs/{job}", cache_dir=tmp_path)
@@ -191,7 +194,8 @@ def test_a_name_is_of_one_job_until_it_is_deleted(service: Service) -> None:
         first = own.submit({**BODY, "name": "nightly"})
         with pytest.raises(Conflict) as taken:
             own.submit({**BODY, "name": "nightly"})
-        assert first.id in str(taken.value) and taken.value.field == "name"
+        assert first.id in str(taken.value)
+        assert taken.value.field == "name"
         own.cancel(first.id)
         own.delete(first.id)
         second = own.submit({**BODY, "name": "nightly"})
