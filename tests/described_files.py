@@ -30,6 +30,7 @@ FILES = MappingProxyType(
         "docs/guides/dashboard.md": "Pages for people, and the report as a file",
         "docs/guides/http.md": "The API with curl",
         "docs/guides/python.md": "The client",
+        "docs/guides/hub.md": "`hf`, transformers and others on finished jobs",
         "docs/guides/ci.md": "Exit codes, requirements, repeated requests",
         "docs/reference/methods.md": "Methods, presets, recipes, adapters, architectures",
         "docs/reference/formats.md": "Formats and the runtimes that load them",

@@ -1,1 +1,1 @@
-"""Finished jobs as repositories of a Hub: what clients with `HF_ENDPOINT=http://host/hub` ask for."""
+"""Finished jobs as repositories of a Hub, for clients with `HF_ENDPOINT=http://host/hub`."""

@@ -1,4 +1,4 @@
-"""What clients of a Hub ask about a repository before they read its files: its commit, its files, its branches."""
+"""Answers about a repository, which clients ask for before they read its files: commit, files, branches."""
 
 import hashlib
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Names that users give to jobs: what clients of a Hub take for the name of a repository."""
+"""Names that users give to jobs, which clients of a Hub take for names of repositories."""
 
 from typing import Annotated
 

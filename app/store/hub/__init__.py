@@ -1,1 +1,1 @@
-"""What is known of jobs as repositories of a Hub."""
+"""Jobs as repositories of a Hub."""

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.bitwright.service import Service, running_service
@@ -25,22 +26,24 @@ VERSIONS = ("0.36.2", "1.33.0", "2.4.0")
 
 LOADS = """
 import sys, torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
 name, revision, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(name, revision=revision)
 tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
 ids = torch.tensor([tokenizer("the service quantizes")["input_ids"]])
-torch.save(model(ids).logits, out)
+save_file({"logits": model(ids).logits}, out)
 """
 ADAPTS = """
 import sys, torch
+from safetensors.torch import save_file
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 name, revision, out = sys.argv[1:]
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(name), name, revision=revision)
-torch.save(model(torch.arange(8)[None]).logits, out)
+save_file({"logits": model(torch.arange(8)[None]).logits}, out)
 """
 
 
@@ -89,8 +92,8 @@ def test_transformers_loads_a_job_by_its_name(service: Service, job: str, tmp_pa
         loaded = run([sys.executable, "-c", LOADS, name, revision, str(tmp_path / "logits")], env)
         assert loaded.returncode == 0, loaded.stderr
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder())
-    ids = torch.load(tmp_path / "logits", weights_only=True)
-    assert ids.shape[-1] == model.config.vocab_size
+    logits = load_file(tmp_path / "logits")["logits"]
+    assert logits.shape[-1] == model.config.vocab_size
 
 
 def test_peft_loads_the_adapter_of_a_job(service: Service, job: str, tmp_path: Path) -> None:
@@ -98,7 +101,7 @@ def test_peft_loads_the_adapter_of_a_job(service: Service, job: str, tmp_path: P
     loaded = run([sys.executable, "-c", ADAPTS, "jobs/tiny", "peft", str(tmp_path / "logits")], env)
     assert loaded.returncode == 0, loaded.stderr
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder())(torch.arange(8)[None]).logits
-    assert not torch.allclose(torch.load(tmp_path / "logits", weights_only=True), plain)
+    assert not torch.allclose(load_file(tmp_path / "logits")["logits"], plain)
 
 
 def test_without_a_key_transformers_says_that_there_is_no_such_model(
