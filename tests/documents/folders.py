@@ -33,7 +33,7 @@ FOLDERS = MappingProxyType(
         "app/api/http": "What all routes share: errors, middleware, strict parameters, ranges and archives",
         "app/api/pages": "The dashboard: sessions, pages from templates, the submit form",
         "app/api/submission": "Checks of a request before it is queued: sources, capacity, a look at the Hub",
-        "app/api/hub": "Finished jobs for clients of a Hub: repositories, their files, refusals as those clients read them",
+        "app/api/hub": "Finished jobs for clients of a Hub: repositories, files, refusals as those clients read them",
         "app/api/tenancy": "What a request costs its tenant: quotas, their headers, the audit log, late writes",
         "app/api/admin": "Routes for operators: tenants, keys, use, the audit log",
         "app/cli": "The operator's commands",

@@ -1,7 +1,7 @@
 """Names of jobs: all of them are names that the Hub's client takes, and what is refused says why."""
 
 import pytest
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
