@@ -59,6 +59,7 @@ OWNED = {
     "idempotency_key": {"tenant", "job", "upload"},
     "job": {"tenant"},
     "job_label": {"tenant", "job"},
+    "job_name": {"tenant", "job"},
     "job_upload": {"tenant", "job", "upload"},
     "rate_window": {"tenant"},
     "sweep_lease": set(),
