@@ -72,6 +72,7 @@ FOLDERS = MappingProxyType(
         "workers/numerics": "Codes, scales, codebooks and packing",
         "workers/numerics/blocks": "llama.cpp's block types: levels, and the search of their scales",
         "workers/numerics/backends": "Triton kernels beside their twins in torch",
+        "workers/numerics/clipping": "Triton kernels of clipped ranges and of low-rank factors",
         "workers/numerics/floats": "FP8 and FP4: tables, scales, learned rounding, inputs rounded to them",
         "workers/numerics/loops": "Loops that Numba compiles: the quantizer, and what lies between products",
         "migrations": "Alembic",

@@ -40,19 +40,21 @@ Cost: a step is a forward and a backward of the block, a few passes over its wei
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from app.domain.methods import ApiQSpec
-from workers.contracts.blocks import BlockTask, Method
+from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.layer_tasks import quantize_in_order
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningOutcome, TuningSettings
 from workers.numerics.adamw import AdamW
-from workers.numerics.clipped_groups import ClippedGroups, GroupStart
+from workers.numerics.backend import factor_kernels
+from workers.numerics.clipped_groups import ClippedGroups, GroupStart, clipping_warm_ups
+from workers.numerics.clipping.factor_places import FactorPlaces
 from workers.numerics.learned_ranges import working_dtype
 from workers.numerics.quantized import LinearResult, LowRank, Number, QuantizedWeight
 
@@ -60,7 +62,14 @@ BASE_SHARE = 0.2
 """Share of a block's progress that counts for a base with its own tuning."""
 
 
-class ApiQ:
+class ApiQ(KernelMethod[ApiQSpec]):
+    def warm_ups(self, kinds: WarmUp, spec: ApiQSpec) -> list[Callable[[], object]]:
+        factors = factor_kernels(kinds.device, kinds.dtype)
+        calls = [] if factors is None else factors.warm_ups(kinds.dtype, kinds.device)
+        if not spec.freeze_base:
+            calls += clipping_warm_ups(kinds.linears, kinds.dtype, kinds.scale_dtype, kinds.device)
+        return calls
+
     def quantize_block(self, task: BlockTask, spec: ApiQSpec) -> BlockResult:
         start: Mapping[str, LinearResult] = {}
         if spec.base != "rtn" or spec.freeze_base:
@@ -125,7 +134,12 @@ class CorrectedWeights:
         self._start = self._start.to(example.device, working)
         self.factors, self._kept = self._start.clone(), self._start.clone()
         self._optimizer = AdamW.of(self.factors)
-        self._faults = torch.zeros((), dtype=torch.int64, device=example.device)
+        self._faults, self._last_fault = torch.zeros(2, dtype=torch.int64, device=example.device).unbind()
+        self._kernels = factor_kernels(example.device, example.dtype)
+        if self._kernels is not None:
+            sizes = list(self.shapes.values())
+            self._places = FactorPlaces.of(sizes, [self._rank(s) for s in sizes], spec.alpha, example.device)
+            self._rounded = self.factors.to(self._dtype, copy=True)
 
     @torch.no_grad()
     def write(self, out: Tensor) -> None:
@@ -133,19 +147,47 @@ class CorrectedWeights:
             self.base.write(out.view(self.base.weight.shape))
         else:
             out.copy_(self.base.value)
+        if self._kernels is not None:
+            self._rounded.copy_(self.factors)
+            self._kernels.add_products(self._places, self._rounded, out)
+            return
+        self._add_products(out)
+
+    def _add_products(self, out: Tensor) -> None:
         for w_hat, low_rank in self._linears(out, self.factors):
             w_hat.copy_(w_hat.to(self.factors.dtype) + self._strength(low_rank) * (low_rank.b @ low_rank.a))
 
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
         """AdamW's steps of the module docstring; `rate` is that of the ranges."""
-        by_factors = self.factor_gradients(gradient)
-        self._faults += by_factors.isnan().any()
-        factor_rate = rate * (self._spec.learning_rate / self._spec.range_learning_rate)
+        share = self._spec.learning_rate / self._spec.range_learning_rate
+        decay = self._spec.weight_decay
+        if self._kernels is None:
+            by_factors = self.factor_gradients(gradient)
+            self._faults += by_factors.isnan().any()
+            self._optimizer.step(self.factors, by_factors, rate * share, decay)
+        else:
+            self._kernels.step(
+                self._places,
+                self.factors,
+                self._rounded,
+                self._optimizer,
+                gradient=gradient,
+                rate=rate,
+                share=share,
+                decay=decay,
+                faults=self._faults,
+                last_fault=self._last_fault,
+            )
         if isinstance(self.base, ClippedGroups):
-            self.base.step(gradient.view(self.base.weight.shape), rate, self._spec.weight_decay)
-        self._optimizer.step(self.factors, by_factors, factor_rate, self._spec.weight_decay)
-        self.write(out)
+            shape = self.base.weight.shape
+            self.base.step(gradient.view(shape), rate, decay, out.view(shape))
+        else:
+            out.copy_(self.base.value)
+        if self._kernels is None:
+            self._add_products(out)
+        else:
+            self._kernels.add_products(self._places, self._rounded, out)
 
     @torch.no_grad()
     def factor_gradients(self, gradient: Tensor) -> Tensor:
@@ -165,6 +207,7 @@ class CorrectedWeights:
         self.factors.copy_(self._start)
         self._optimizer.reset()
         self._faults.zero_()
+        self._last_fault.zero_()
 
     def adopt(self, other: "CorrectedWeights") -> None:
         if isinstance(self.base, ClippedGroups) and isinstance(other.base, ClippedGroups):

@@ -31,22 +31,25 @@ the parameters kept are those with the lowest loss on held-out sequences, which 
 out on purpose: learnable equivalent transformation (LET), which the paper needs for activations only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from app.domain.methods import OmniQuantSpec, Scheme
-from workers.contracts.blocks import BlockTask, Method
+from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningSettings
 from workers.numerics.affine import GroupRange, affine_grid, round_to_grid
-from workers.numerics.clipped_groups import ClippedGroups, GroupStart
+from workers.numerics.clipped_groups import ClippedGroups, GroupStart, clipping_warm_ups
 from workers.numerics.learned_ranges import steps
 from workers.numerics.quantized import LinearResult, Number
 
 
-class OmniQuant:
+class OmniQuant(KernelMethod[OmniQuantSpec]):
+    def warm_ups(self, kinds: WarmUp, spec: OmniQuantSpec) -> list[Callable[[], object]]:  # noqa: ARG002 - as of any method
+        return clipping_warm_ups(kinds.linears, kinds.dtype, kinds.scale_dtype, kinds.device)
+
     def quantize_block(self, task: BlockTask, spec: OmniQuantSpec) -> BlockResult:
         count = spec.epochs * max(1, task.total(len(task.inputs)) // spec.batch_size)
         settings = TuningSettings(count, spec.batch_size, spec.learning_rate, schedule="constant")
@@ -96,8 +99,8 @@ class ClippedWeights:
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
         """AdamW's step by `clipping_gradients`; a constant times the gradient, as fp16 has it, makes the same step."""
-        self.groups.step(gradient.view(self.groups.weight.shape), rate, decay=0.0)
-        self.write(out)
+        shape = self.groups.weight.shape
+        self.groups.step(gradient.view(shape), rate, 0.0, out.view(shape))
 
     @torch.no_grad()
     def keep(self, better: Tensor) -> None:

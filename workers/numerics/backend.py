@@ -19,6 +19,7 @@ from app.domain.methods import Scheme
 from app.domain.methods.block_types import BlockType
 from app.domain.methods.named_schemes import Element
 from workers.numerics import loops
+from workers.numerics.adamw import AdamW
 from workers.numerics.backends import (
     block_operators,
     block_rounding_operators,
@@ -32,6 +33,8 @@ from workers.numerics.backends.float_rounding_operators import FloatGroups
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
 from workers.numerics.backends.trial import triton_fault
 from workers.numerics.blocks.axis import BlockAxis
+from workers.numerics.clipping.factor_places import FactorPlaces
+from workers.numerics.clipping.state import ClippedState
 from workers.numerics.quantized import BlockWeight
 
 log = structlog.get_logger(__name__)
@@ -139,6 +142,53 @@ class DescentKernels(Protocol):
     def warm_ups(self, columns: int, kind: BlockType, device: torch.device) -> list[Callable[[], object]]: ...
 
 
+class ClippingKernels(Protocol):
+    """Groups whose ranges are clipped by learned factors; `workers.numerics.clipped_groups` has them in operators."""
+
+    def write(self, state: ClippedState, settings: GridSettings, w_hat: Tensor) -> None: ...
+    def step(
+        self,
+        state: ClippedState,
+        settings: GridSettings,
+        *,
+        gradient: Tensor,
+        rate: Tensor,
+        decay: float,
+        faults: Tensor,
+        w_hat: Tensor,
+    ) -> None: ...
+    def keep(self, state: ClippedState, settings: GridSettings, better: Tensor) -> None: ...
+    def warm_ups(
+        self,
+        width: int,
+        settings: GridSettings,
+        dtype: torch.dtype,
+        scale_dtype: torch.dtype,
+        device: torch.device,
+    ) -> list[Callable[[], object]]: ...
+
+
+class FactorKernels(Protocol):
+    """Low-rank factors of all linears of a block; `workers.methods.apiq` has them in operators."""
+
+    def step(
+        self,
+        places: FactorPlaces,
+        factors: Tensor,
+        rounded: Tensor,
+        optimizer: AdamW,
+        *,
+        gradient: Tensor,
+        rate: Tensor,
+        share: float,
+        decay: float,
+        faults: Tensor,
+        last_fault: Tensor,
+    ) -> None: ...
+    def add_products(self, places: FactorPlaces, rounded: Tensor, w_hat: Tensor) -> None: ...
+    def warm_ups(self, dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]: ...
+
+
 class BlockKernels(Protocol):
     """Parts of a decoder block and of its loss; `workers.numerics.backends.block_kernels` describes the functions."""
 
@@ -222,6 +272,16 @@ def column_kernels(device: torch.device, dtype: torch.dtype) -> ColumnKernels:
     return _column_kernels() if triton_serves(device, dtype) else column_operators
 
 
+def clipping_kernels(device: torch.device, dtype: torch.dtype) -> ClippingKernels | None:
+    """Kernels of clipped groups for weights of this dtype; None if torch's operators compute them."""
+    return _clipping_kernels() if triton_serves(device, dtype) else None
+
+
+def factor_kernels(device: torch.device, dtype: torch.dtype) -> FactorKernels | None:
+    """Kernels of low-rank factors beside weights of this dtype; None if torch's operators compute them."""
+    return _factor_kernels() if triton_serves(device, dtype) else None
+
+
 def search_kernels(device: torch.device, dtype: torch.dtype) -> SearchKernels | None:
     """Kernels that search weights of this dtype; None if torch's operators compute it."""
     return _search_kernels() if triton_serves(device, dtype) else None
@@ -300,6 +360,20 @@ def _block_rounding_kernels() -> BlockRoundingKernels:
 @cache
 def _column_kernels() -> ColumnKernels:
     from workers.numerics.backends import column_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _clipping_kernels() -> ClippingKernels:
+    from workers.numerics.clipping import kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _factor_kernels() -> FactorKernels:
+    from workers.numerics.clipping import factor_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
 

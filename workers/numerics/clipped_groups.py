@@ -8,7 +8,7 @@ where rounding to nearest gives q_0, else q_0 - z_0 - w/s_0. V is not trained. T
 over sigmoid(4), so that the start has its scales too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 from app.domain.methods import Scheme
 from workers.numerics.adamw import AdamW
 from workers.numerics.affine import Grid, GroupRange, affine_grid, round_to_grid
+from workers.numerics.backend import clipping_kernels
+from workers.numerics.backends.rounding_operators import GridSettings
+from workers.numerics.clipping.state import ClippedState
 from workers.numerics.learned_ranges import Kept, chunks, range_gradients, steps, working_dtype
 from workers.numerics.quantized import AffineWeight
 
@@ -73,9 +76,14 @@ class ClippedGroups:
         self.kept = Kept.empty(weight, scale_dtype)
         self.faults = torch.zeros((), dtype=torch.int64, device=self.logits.device)
         self._optimizer = AdamW.of(self.logits)
+        self._kernels = clipping_kernels(weight.device, weight.dtype)
+        self._settings = GridSettings.of(scheme, scale_dtype)
 
     def write(self, out: Tensor) -> None:
         """Writes W_hat to `out` (count, G), in its dtype."""
+        if self._kernels is not None:
+            self._kernels.write(self._state, self._settings, out)
+            return
         for groups in chunks(self.weight):
             grid, codes = self._rounded(groups)
             out[groups] = steps(codes, grid) * grid.scale.unsqueeze(-1)
@@ -91,14 +99,32 @@ class ClippedGroups:
         factor = self.logits.sigmoid()
         return d_logits.mul_(factor * (1 - factor))
 
-    def step(self, gradient: Tensor, rate: Tensor | float, decay: float) -> None:
-        """One step of AdamW, given dL/dw_hat (count, G); `faults` counts groups with NaN in their gradients."""
+    def step(self, gradient: Tensor, rate: Tensor, decay: float, out: Tensor) -> None:
+        """One step of AdamW, given dL/dw_hat (count, G), and the new W_hat in `out`.
+
+        `faults` counts groups with NaN in their gradients.
+        """
+        if self._kernels is not None:
+            self._kernels.step(
+                self._state,
+                self._settings,
+                gradient=gradient,
+                rate=rate,
+                decay=decay,
+                faults=self.faults,
+                w_hat=out,
+            )
+            return
         by_logits = self.gradients(gradient)
         self.faults += by_logits.isnan().any(0).sum()
         self._optimizer.step(self.logits, by_logits, rate, decay)
+        self.write(out)
 
     def keep(self, better: Tensor) -> None:
         """Keeps codes and grids if `better`, a truth value on the device."""
+        if self._kernels is not None:
+            self._kernels.keep(self._state, self._settings, better)
+            return
         for groups in chunks(self.weight):
             grid, codes = self._rounded(groups)
             self.kept.overwrite(groups, codes, grid, better)
@@ -119,6 +145,13 @@ class ClippedGroups:
         if start.offset is not None and adopted.offset is not None:
             start.offset.copy_(adopted.offset)
 
+    @property
+    def _state(self) -> ClippedState:
+        start, kept = self.start, self.kept
+        ranges = (start.offset, start.ranges.low, start.ranges.high)
+        stored = (kept.codes, kept.scale, kept.zero_point)
+        return ClippedState(self.weight, *ranges, self.logits, self._optimizer, *stored)
+
     def _rounded(self, groups: slice) -> tuple[Grid, Tensor]:
         grid = self._grid(groups)
         return grid, round_to_grid(self._chunk(groups), grid, self._offset(groups))[0]
@@ -132,3 +165,14 @@ class ClippedGroups:
 
     def _chunk(self, groups: slice) -> Tensor:
         return self.weight[groups].to(self.logits.dtype)
+
+
+def clipping_warm_ups(
+    linears: Iterable[tuple[int, Scheme]], dtype: torch.dtype, scale_dtype: torch.dtype, device: torch.device
+) -> list[Callable[[], object]]:
+    """Calls that compile the kernels of clipped groups for linears (in_features, scheme); none without kernels."""
+    kernels = clipping_kernels(device, dtype)
+    if kernels is None:
+        return []
+    kinds = {(scheme.width(columns), GridSettings.of(scheme, scale_dtype)) for columns, scheme in linears}
+    return [call for kind in kinds for call in kernels.warm_ups(*kind, dtype, scale_dtype, device)]

@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app.domain.methods import Scheme, SchemeName, SignRoundSpec
+from app.domain.methods import ApiQSpec, OmniQuantSpec, Scheme, SchemeName, SignRoundSpec, WeightSpec
 from tests.engine.model.random_models import LENGTH, PECULIARITIES, save_random_model
 from workers.contracts.blocks import BlockTask
 from workers.engine.device import cuda_graphs
 from workers.engine.model import fused_blocks
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.quantize.registry import method_of
 from workers.engine.tune import tuner as tuner_module
 from workers.engine.tune.tuner import Tuner
+from workers.methods import apiq
 from workers.methods.sign_round import SignRound
+from workers.numerics import clipped_groups
 from workers.numerics.backends import float_rounding_operators
 from workers.numerics.floats import tuned_floats
 
@@ -42,7 +45,24 @@ class Tuned:
     log: list[str]
 
 
-def tune(folder: Path, device: str, index: int = 0, micro_batch: int = 4, scheme: Scheme = SCHEME) -> Tuned:
+SIGN_ROUND = SignRoundSpec(steps=STEPS, batch_size=4, scale_search=False)
+LEARNED: dict[str, WeightSpec] = {
+    "omniquant": OmniQuantSpec(epochs=3, batch_size=4),
+    "apiq": ApiQSpec(steps=STEPS, batch_size=4, rank=8),
+    "apiq of a rank that is no multiple of 16": ApiQSpec(steps=STEPS, batch_size=4, rank=5),
+    "apiq from signround": ApiQSpec(steps=STEPS, batch_size=4, rank=16, base="signround"),
+    "apiq frozen": ApiQSpec(steps=STEPS, batch_size=4, rank=16, freeze_base=True),
+}
+
+
+def tune(
+    folder: Path,
+    device: str,
+    index: int = 0,
+    micro_batch: int = 4,
+    scheme: Scheme = SCHEME,
+    spec: WeightSpec = SIGN_ROUND,
+) -> Tuned:
     """Tunes one block of a checkpoint on random hidden states, the same everywhere.
 
     Their channels go together, as a model's do: for independent ones rounding to nearest leaves nothing to gain.
@@ -76,11 +96,12 @@ def tune(folder: Path, device: str, index: int = 0, micro_batch: int = 4, scheme
             micro_batch=micro_batch,
             tick=lambda _: None,
             tune=lambda *_: None,  # type: ignore[arg-type]
+            quantize=lambda task, other: method_of(other).quantize_block(task, other),
         )
         first = one_step_gradient(task)
         task = replace(task, tune=Tuner(lambda event, **_: log.append(event)).tune)
         with torch.enable_grad():
-            result = SignRound().quantize_block(task, SignRoundSpec(steps=STEPS, batch_size=4, scale_search=False))
+            result = method_of(spec).quantize_block(task, spec)
     assert result.loss is not None
     assert result.loss_initial is not None
     codes = torch.cat([linear.weight.codes.flatten().cpu() for linear in result.linears.values()])
@@ -159,6 +180,28 @@ def test_grids_of_floats_agree_and_are_captured(
         plain = tune(tmp_path, "cuda", scheme=scheme)
     assert plain.log == []
     assert_agree(captured, plain, gradient=1e-6, codes=0.9999, loss=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LEARNED)
+def test_clipped_ranges_and_low_rank_factors_agree_and_are_captured(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels of a captured step, torch's operators on the same GPU, and the CPU."""
+    save_random_model(tmp_path, "llama", dtype=dtype)
+    captured, on_cpu = (tune(tmp_path, device, spec=LEARNED[name]) for device in ("cuda", "cpu"))
+    assert captured.log == []
+    exact = dtype == torch.float32
+    limits = {"gradient": 1e-5 if exact else 0.05, "codes": 0.98 if exact else 0.9, "loss": 0.02 if exact else 0.2}
+    assert_agree(captured, on_cpu, **limits)
+    again = tune(tmp_path, "cuda", spec=LEARNED[name])
+    assert torch.equal(captured.codes, again.codes)
+    with monkeypatch.context() as patched:
+        patched.setattr(clipped_groups, "clipping_kernels", lambda *_: None)
+        patched.setattr(apiq, "factor_kernels", lambda *_: None)
+        plain = tune(tmp_path, "cuda", spec=LEARNED[name])
+    assert plain.log == []
+    assert_agree(captured, plain, **limits)
 
 
 def test_half_precision_agrees_where_no_sign_decides(tmp_path: Path) -> None:
