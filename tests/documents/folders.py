@@ -136,6 +136,7 @@ FOLDERS = MappingProxyType(
         "tests/numerics": "Rounding, codebooks and packing",
         "tests/numerics/blocks": "The search against brute force and llama.cpp's own quantizers",
         "tests/numerics/backends": "Kernels against their plain twins",
+        "tests/numerics/clipping": "Kernels of clipped ranges and low-rank factors against fp64",
         "tests/numerics/floats": "FP8 and FP4 against other people's casts and brute force",
         "tests/store": "One suite on SQLite and on PostgreSQL",
         "tests/supervise": "Supervision, queue and sweep",
