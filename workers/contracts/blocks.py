@@ -120,6 +120,7 @@ class BlockTask:
                 one (`workers.numerics.floats.joined`)
     input_amax  linear name -> largest magnitude of its set's original inputs, fp32 (1,), where the scheme is calibrated
     tick        called with the share of the block that is done, 0 to 1; often
+    owns_sequences  whether inputs and targets are this task's alone: the tuning loop may keep and overwrite them
     folds       where scales can move inside the block, in the order of the forward pass
     log         called with an event's name and fields when a method falls back to something worse
     sum_        makes tensors their sums over all processes that share the sequences, in place
@@ -149,6 +150,7 @@ class BlockTask:
     starved: frozenset[str] = frozenset()
     joined: Sequence[tuple[str, ...]] = ()
     input_amax: Mapping[str, Tensor] = field(default_factory=dict)
+    owns_sequences: bool = False
 
     def linear(self, name: str) -> nn.Linear:
         """The block's linear of that name."""

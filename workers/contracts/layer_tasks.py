@@ -64,6 +64,7 @@ def quantize_in_order(task: BlockTask, quantize: QuantizeLayers) -> dict[str, Li
                 targets=targets,
                 schemes={name: task.schemes[name] for name in names},
                 tick=tick,
+                owns_sequences=True,
             )
             results |= quantize(subtask)
     finally:

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.domain.methods import Scheme
+from app.domain.methods import ApiQSpec, Scheme
 from bitwright.errors import NumericalFailure
 from tests.methods.toy_block import toy_task
 from workers.contracts.blocks import BlockTask
 from workers.contracts.tuning import TuningSettings
+from workers.engine.tune import tuner as tuner_module
 from workers.engine.tune.sequence_order import minibatches, split
 from workers.engine.tune.tuner import Tuner, is_checked
+from workers.methods.apiq import ApiQ
 from workers.methods.rtn import quantize_weight
 from workers.numerics.quantized import LinearResult
 
@@ -150,6 +152,60 @@ def test_running_out_of_memory_lowers_the_micro_batch_and_changes_nothing_else()
     task = replace(task, forward=lambda block, hidden: forward(block, hidden.repeat(3, 1, 1)))
     with pytest.raises(torch.OutOfMemoryError):
         task.tune(task, [weights_of(task)], TuningSettings(2, 8, 0.1))
+
+
+def of_seed(seed: int) -> BlockTask:
+    scheme = Scheme(bits=2, group_size=16, symmetric=False)
+    task = toy_task({"up": scheme, "down": scheme})
+    with torch.no_grad():
+        for number, name in enumerate(task.schemes):
+            generator = torch.Generator().manual_seed(10 * seed + number)
+            task.linear(name).weight.copy_(torch.randn(task.linear(name).weight.shape, generator=generator) / 5)
+        return replace(task, seed=seed, inputs=task.inputs.roll(seed, 0), targets=task.block(task.inputs_fp))
+
+
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_runs_of_linears_in_turn_come_back_with_the_next_block(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where they are captured: their sequences are copied to where the first block's lie."""
+    spec = ApiQSpec(bits=2, rank=4, steps=12, batch_size=4, granularity="layer", learning_rate=5e-3)
+    expected = [ApiQ().quantize_block(replace(of_seed(n), tune=Tuner().tune), spec).linears for n in (1, 2, 3)]
+    began: list[int] = []
+    begin = tuner_module._Run.begin.__func__  # type: ignore[attr-defined]
+
+    def count(cls: Any, task: BlockTask, *given: Any) -> Any:
+        began.append(task.index)
+        return begin(cls, task, *given)
+
+    monkeypatch.setattr(tuner_module._Run, "begin", classmethod(count))
+    monkeypatch.setattr(tuner_module, "room_for_runs", lambda _: room)
+    tuner, tasks = Tuner(), [of_seed(number) for number in (1, 2, 3)]
+    before = [task.inputs.clone() for task in tasks]
+    found = [ApiQ().quantize_block(replace(task, tune=tuner.tune), spec).linears for task in tasks]
+    assert len(began) == (2 if room else 6)
+    assert all(torch.equal(task.inputs, kept) for task, kept in zip(tasks, before, strict=True))
+    for ours, theirs in zip(found, expected, strict=True):
+        for name, linear in theirs.items():
+            assert torch.equal(ours[name].weight.codes, linear.weight.codes)
+            assert torch.equal(ours[name].dequantize(), linear.dequantize())
+    tuner.release()
+    assert tuner._runs == []
+
+
+def test_kept_runs_go_before_a_micro_batch_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner_module, "room_for_runs", lambda _: 1 << 30)
+    log: list[str] = []
+    tuner = Tuner(lambda event, **_: log.append(event))
+    first = toy_task({"up": SCHEME})
+    tuner.tune(first, [weights_of(first)], TuningSettings(2, 8, 0.1))
+
+    def forward(block: Any, hidden: Tensor) -> Any:
+        if len(tuner._runs) > 1:
+            raise torch.OutOfMemoryError
+        return block(hidden)
+
+    other = replace(first, forward=forward)
+    tuner.tune(other, [weights_of(other)], TuningSettings(2, 8, 0.1))
+    assert (log, len(tuner._runs)) == ([], 1)
 
 
 def test_held_out_sequences_never_train() -> None:

@@ -37,12 +37,23 @@ class Minibatches:
         self.adopt(inputs, targets, batches=batches, held_out=held_out)
 
     def adopt(self, inputs: Tensor, targets: Tensor, *, batches: Tensor, held_out: Tensor) -> None:
-        """Takes over another run's sequences: of the same tensors, or of any of their shapes in host memory."""
+        """Takes over another run's sequences: of the same tensors, or of any of their shapes.
+
+        Those of other tensors on the device are copied over the first run's, which must be this object's alone.
+        """
         if self._staging is None:
+            for own, other in ((self.inputs, inputs), (self.targets, targets)):
+                if own.data_ptr() != other.data_ptr():
+                    own.copy_(other)
             self._batches.copy_(batches)
             self.held_out.copy_(held_out)
         else:
             self._staging.adopt((inputs, targets), batches.tolist(), held_out.tolist())
+
+    @property
+    def bytes(self) -> int:
+        """Of inputs and targets on the device."""
+        return self.inputs.nbytes + self.targets.nbytes
 
     def start(self) -> None:
         """To the first step; afterwards `inputs` and `targets` hold real rows."""

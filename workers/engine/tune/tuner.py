@@ -10,7 +10,8 @@ Nothing in a step waits for the device: batches, rates, losses and the choice li
 once (`workers.engine.device.cuda_graphs`) and replayed for every block of the same shape
 (`workers.engine.tune.tuned_block` has
 the block that the graph works on, `workers.engine.tune.minibatches` the sequences). Where capture is impossible the
-same steps run eagerly.
+same steps run eagerly. Captured steps of a few shapes are kept where they take little memory: tasks of a block's
+linears in turn, or of a method that begins with another one's result, come back with every block.
 
 With several ranks (`workers.engine.device.process_group`) each has its share of the sequences, splits that for
 itself, and puts 1/W of
@@ -42,6 +43,8 @@ from workers.numerics.quantized import Number
 
 CHECKS = 10
 """Times that the held-out loss would be measured over a whole run; the first third is left out."""
+MOST_KEPT, SHARE_KEPT = 6, 8
+"""Captured runs that are kept beside the present one at most, and the part of a GPU's memory that they may hold."""
 LOSS_SCALE = {torch.float16: 2.0**15}
 """By dtype: what gradients are multiplied by so that those of a mean over millions of numbers do not vanish."""
 
@@ -58,7 +61,8 @@ class Tuner:
     ) -> None:
         self._log = log
         self._processes = processes
-        self._run: _Run | None = None
+        self._runs: list[_Run] = []
+        self._present: _Run | None = None
 
     def tune(self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
         """Tunes `weights` and returns the best results seen; on running out of memory, again with less at once.
@@ -74,29 +78,42 @@ class Tuner:
             try:
                 return self._tune(task, weights, settings, micro_batch)
             except torch.OutOfMemoryError:
-                if micro_batch == 1 or not self._processes.alone:
+                if not self._processes.alone or (micro_batch == 1 and not self._kept()):
                     raise
             # Outside the except clause: the exception holds the tensors of the failed step.
-            self._run = None
+            kept = self._kept()
+            self._runs.clear()
+            self._present = None
             torch.cuda.empty_cache()
-            micro_batch = max(1, micro_batch // 2)
-            self._log("micro_batch_lowered", block=task.index, micro_batch=micro_batch)
+            if not kept:
+                micro_batch = max(1, micro_batch // 2)
+                self._log("micro_batch_lowered", block=task.index, micro_batch=micro_batch)
             for trainable in weights:
                 trainable.restart()
 
     def release(self) -> None:
         """Lets go of the captured steps and their memory."""
-        self._run = None
+        self._runs.clear()
+        self._present = None
+
+    def _kept(self) -> list["_Run"]:
+        """Those of other shapes than the present one."""
+        return [run for run in self._runs if run is not self._present]
 
     def _tune(
         self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
     ) -> TuningOutcome:
-        run = self._run
-        if run is not None and run.fits(task, weights, settings, micro_batch):
+        shape = _shape(task, weights, settings, micro_batch)
+        run = self._present = next((run for run in self._runs if run.shape == shape), None)
+        if run is not None:
             run.adopt(task, weights)
         else:
-            self._run = run = _Run.begin(task, weights, settings, micro_batch, self._processes)
+            self._make_room(task.device)
+            before = _reserved(task.device)
+            run = self._present = _Run.begin(task, weights, settings, micro_batch, self._processes)
+            self._runs.append(run)
             run.prepare(self._log)
+            run.bytes = max(0, _reserved(task.device) - before) + task.owns_sequences * run.data.bytes
         run.start()
         for step in range(settings.steps):
             run.data.bring()
@@ -105,9 +122,21 @@ class Tuner:
                 run.check()
                 task.tick((step + 1) / settings.steps)
         outcome = run.outcome()
-        if task.device.type != "cuda":
-            self._run = None  # only a captured step is worth its memory
+        if not room_for_runs(task.device):
+            self.release()
         return outcome
+
+    def _make_room(self, device: torch.device) -> None:
+        """Lets the oldest captured runs go, so that what stays takes little memory beside a new one."""
+        while self._runs and (
+            len(self._runs) > MOST_KEPT or sum(run.bytes for run in self._runs) > room_for_runs(device)
+        ):
+            del self._runs[0]
+
+
+def room_for_runs(device: torch.device) -> int:
+    """Bytes that kept runs may hold beside the present one; 0 where none is kept: only a captured step is worth it."""
+    return torch.cuda.get_device_properties(device).total_memory // SHARE_KEPT if device.type == "cuda" else 0
 
 
 @dataclass
@@ -116,6 +145,8 @@ class _Run:
 
     What changes from step to step is on the device: `count` steps done (int64); `loss` of the last check, the
     lowest so far, `best`, and the first, `initial` (fp64); `best_step`, the count when `best` was measured.
+
+    bytes   of a GPU's memory that it holds: of its graphs, and of sequences that are its own
     """
 
     task: BlockTask
@@ -133,6 +164,7 @@ class _Run:
     kernels: BlockKernels | None
     processes: ProcessGroup
     initial: Number = math.nan
+    bytes: int = 0
     step: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
 
@@ -163,22 +195,21 @@ class _Run:
             best=torch.full((), math.inf, dtype=torch.float64, device=device),
             best_step=torch.zeros((), dtype=torch.int64, device=device),
         )
-        run.step, run.check = run._step, run._check
+        run.task, run.step, run.check = run._without_tensors(task), run._step, run._check
         return run
-
-    def fits(
-        self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
-    ) -> bool:
-        """True if this run's tensors and captured steps serve another block."""
-        return self.shape == _shape(task, weights, settings, micro_batch)
 
     def adopt(self, task: BlockTask, weights: Sequence[TrainableWeights]) -> None:
         """Takes over another block: its parameters, its weights' start, its seed."""
-        self.task = task
         self.block.adopt(task)
         for present, other in zip(self.weights, weights, strict=True):
             present.adopt(other)
         self.data.adopt(task.inputs, task.targets, **_sequences(task, self.settings, self.processes))
+        self.task = self._without_tensors(task)
+
+    def _without_tensors(self, task: BlockTask) -> BlockTask:
+        """A task as a run keeps it, which may outlive what the task was about."""
+        nothing = torch.empty(0)
+        return replace(task, block=self.block.module, inputs=nothing, inputs_fp=nothing, targets=nothing)
 
     def prepare(self, log: Callable[..., None]) -> None:
         """Captures step and check where that is possible."""
@@ -329,7 +360,11 @@ def _shape(
     task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
 ) -> tuple[object, ...]:
     """The properties that a captured step depends on beside the values in its tensors."""
-    activations = [address(tensor, task.device) for tensor in (task.inputs, task.targets)]
+    # Sequences that are its task's alone are copied to where those of the first task lie.
+    activations = [
+        (tuple(tensor.shape), tensor.dtype) if task.owns_sequences else address(tensor, task.device)
+        for tensor in (task.inputs, task.targets)
+    ]
     kinds = [(type(w), tuple(w.shapes.items())) for w in weights]
     return (
         settings,
@@ -340,6 +375,11 @@ def _shape(
         id(task.forward),
         shape_of(task.block),
     )
+
+
+def _reserved(device: torch.device) -> int:
+    """Bytes of a GPU that this process's allocator holds: those of graphs stay there."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def _sequences(task: BlockTask, settings: TuningSettings, processes: ProcessGroup) -> dict[str, Tensor]:
