@@ -2,15 +2,15 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from bitwright.formats import ADAPTER_FOLDER, Form
 from bitwright.frontier import FrontierPoint
+from bitwright.measured.kinds import KindQuality
+from bitwright.measured.noise import Noise
+from bitwright.measured.report_part import ReportPart
+from bitwright.measured.tasks import TaskReport
 from bitwright.money import Money
-
-
-class ReportPart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class TextReport(ReportPart):
@@ -31,6 +31,13 @@ class Quality(ReportPart):
     perplexity: float
     kl_divergence: float = Field(description="KL(original || quantized), nats per token.")
     top1_agreement: float = Field(description="Share of tokens with the same most likely next token.")
+    noise: Noise | None = Field(default=None, description="null: an older report.")
+    draws: tuple[float, ...] = Field(
+        default=(), description="KL of each draw of the text, where `evaluation.seeds` asked for several."
+    )
+    kinds: tuple[KindQuality, ...] = Field(
+        default=(), description="The same of the calibration text, and of held-out rows of each part of a mixture."
+    )
 
 
 class Figures(ReportPart):
@@ -405,6 +412,7 @@ class Report(ReportPart):
         description="Every way to load what was stored, measured with the numbers that are stored: those of `quality` "
         "first, what is not the whole result last. Empty where nothing was evaluated.",
     )
+    tasks: tuple[TaskReport, ...] = Field(default=(), description="Of `evaluation.tasks`, with what `quality` is of.")
     round_to_nearest: Figures | None = Field(
         default=None,
         description="Figures row of `quality`: round to nearest with the same schemes on the same text. None where "

@@ -34,6 +34,9 @@ class FetchedLine(Message):
     calibration_path: str | None = None
     evaluation_path: str | None = None
     finetuning_path: str | None = None
+    other_texts: dict[str, str] = Field(
+        default_factory=dict, description="Further texts, by the fields that name them."
+    )
 
 
 class FailedLine(Message):

@@ -55,7 +55,7 @@ def calibration_tokens(request: JobRequest) -> int:
 def evaluation_tokens(request: JobRequest) -> int:
     """Tokens of evaluation."""
     section = request.evaluation
-    return 0 if section is None else section.num_samples * section.sequence_length
+    return 0 if section is None else section.tokens_read
 
 
 def trained_tokens(request: JobRequest) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from app.report_page import outcome, weights
+from app.report_page import certainty, outcome, weights
 from app.report_page.charts import HEIGHTS
 from app.report_page.figures import Figures, Section
 from bitwright.report import Report
@@ -36,6 +36,9 @@ def report_page(report: Report, *, title: str, load: Sequence[str] = ()) -> str:
     figures = Figures(report.model_dump(mode="json"))
     sections = [
         outcome.quality(report, figures),
+        certainty.tasks(report, figures),
+        certainty.kinds(report, figures),
+        certainty.noise(report, figures),
         loading(load),
         outcome.tried(report, figures),
         outcome.generations(report, figures),

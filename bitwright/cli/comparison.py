@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
 
 from bitwright.cli.render import format_bytes, format_seconds
+from bitwright.measured.noise import within_noise
 from bitwright.report import Report
 
 
@@ -95,7 +98,7 @@ def figure_rows(results: Sequence[Compared]) -> list[Row]:
     formats = dict.fromkeys(name for result in results for name in result.report.size.bytes_files)
     files = [Axis(f"weight files of {name}", _files_of(name), format_bytes) for name in formats]
     head, rest = FIGURES[:2], FIGURES[2:]
-    rows = [_figure_row(axis, results) for axis in (*head, *files, *rest)]
+    rows = [_figure_row(axis, results) for axis in (*head, *files, *rest, *_task_axes(results))]
     return [row for row in rows if any(row.texts)]
 
 
@@ -107,11 +110,45 @@ def doubts(results: Sequence[Compared]) -> list[str]:
         found.append("quality was measured on different texts: compare each with its own original")
     if any(result.report.quality is None for result in results):
         found.append("not all were evaluated")
+    found += _alike(results)
     if len({result.report.model.source for result in results}) > 1:
         found.append("the results are of different models")
     if len({str(result.report.plan.get("device") or result.report.device) for result in results}) > 1:
         found.append("times are of different devices")
     return found
+
+
+def _alike(results: Sequence[Compared]) -> list[str]:
+    """Pairs of results whose distances differ by no more than the noise of the text."""
+    measured = [(result.name, result.report.quality) for result in results]
+    found = []
+    for (one, first), (other, second) in combinations(measured, 2):
+        if first is None or second is None or first.text.sha256 != second.text.sha256:
+            continue
+        errors = [None if each.noise is None else each.noise.kl_divergence for each in (first, second)]
+        noise = None if None in errors else max(error or 0.0 for error in errors)
+        if within_noise(first.kl_divergence - second.kl_divergence, noise):
+            found.append(f"KL of {one} and {other} differs by no more than noise")
+    return found
+
+
+def _task_axes(results: Sequence[Compared]) -> list[Axis]:
+    """An axis for each figure of each task that a result has."""
+    known = {
+        (task.name, figure.name): not figure.higher_is_better
+        for result in results
+        for task in result.report.tasks
+        for figure in task.figures
+    }
+    return [
+        Axis(f"{task}: {name}", partial(_task_figure, task, name), "{:.4f}".format, lower)
+        for (task, name), lower in known.items()
+    ]
+
+
+def _task_figure(task: str, name: str, report: Report) -> float | None:
+    figures = (each.figure(name) for each in report.tasks if each.name == task)
+    return next((figure.value for figure in figures if figure is not None), None)
 
 
 def unbeaten(points: Sequence[tuple[float, float] | None]) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from bitwright.cli import exports, jobs, reports, submit, uploads, watch
+from bitwright.cli import exports, jobs, listings, reports, submit, uploads, watch
 from bitwright.cli.operator import OPERATOR_COMMANDS, installed_commands, operator_command
 from bitwright.cli.render import print_error
 from bitwright.errors import BitwrightError, InputError, RequestError, Unavailable
@@ -73,6 +73,10 @@ app.command()(exports.export)
 app.command()(reports.report)
 app.command()(reports.compare)
 app.command()(jobs.download)
+app.command()(listings.artifacts)
+app.command()(listings.delete)
 app.command()(jobs.upload)
 app.command("uploads")(uploads.list_uploads)
 app.command()(jobs.methods)
+app.command()(listings.formats)
+app.command()(listings.workers)

@@ -13,6 +13,7 @@ from bitwright.errors import BitwrightError
 from bitwright.events import ProgressEvent
 from bitwright.frontier import FrontierPoint
 from bitwright.job_states import JobStatus
+from bitwright.measured.tasks import TaskFigure
 from bitwright.report import LoadReport, Report
 from bitwright.request import AdapterRequestView, GoalView, QuantizationView
 from bitwright.views import JobView, MethodList, QueueView
@@ -236,6 +237,13 @@ def report_table(report: Report, files: Mapping[str, int] = MappingProxyType({})
         table.add_row("perplexity", f"{quality.perplexity_original:.3f}", f"{quality.perplexity:.3f}")
         table.add_row("KL to the original, nats per token", "0", f"{quality.kl_divergence:.5f}")
         table.add_row("same most likely token", "100 %", f"{100 * quality.top1_agreement:.1f} %")
+        for kind in quality.kinds:
+            name = "calibration text" if kind.calibrates else f"held-out {kind.name}"
+            table.add_row(f"KL on {name}", "0", f"{kind.kl_divergence:.5f}")
+    for task in report.tasks:
+        for figure in task.figures:
+            before = "" if figure.original is None else f"{figure.original:.4f}"
+            table.add_row(f"{task.name}: {figure.name}", before, figure_text(figure))
     if (nearest := report.round_to_nearest) is not None:
         figures = f"perplexity {nearest.perplexity:.3f}, KL {nearest.kl_divergence:.5f}"
         table.add_row("round to nearest, same scheme", "", figures)
@@ -248,6 +256,12 @@ def report_table(report: Report, files: Mapping[str, int] = MappingProxyType({})
     for name, said in loads_text(report.loads).items():
         table.add_row(name, "", said)
     return table
+
+
+def figure_text(figure: TaskFigure) -> str:
+    """A task's figure with its standard error, and whether it may be the original's."""
+    error = "" if figure.stderr is None else f" ± {figure.stderr:.4f}"
+    return f"{figure.value:.4f}{error}{', within noise' if figure.is_noise else ''}"
 
 
 def loads_text(loads: Iterable[LoadReport]) -> dict[str, str]:

@@ -17,6 +17,9 @@ from bitwright.cli.watch import finish, follow_job
 from bitwright.errors import MalformedBody, RequestError
 from bitwright.request import shorthand_fields
 
+ROW_KINDS = ("text", "completion", "messages", "tools")
+"""Kinds of rows that a part of a mixture may name."""
+
 
 def submit(
     model: Annotated[
@@ -44,11 +47,28 @@ def submit(
     preset: Annotated[str | None, typer.Option(help="light, default or best.")] = None,
     steps: Annotated[int | None, typer.Option(help="Tuning steps per block.")] = None,
     scale_steps: Annotated[int | None, typer.Option(help="Steps that tune all scales together; 0: none.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the adapter, or of the method's low-rank factors.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Kind of adapter to train: see GET /v1/methods.")] = None,
+    merge: Annotated[str | None, typer.Option(help="Put the adapter into the weights: quantized or 16bit.")] = None,
+    train: Annotated[str | None, typer.Option(help="Text that an adapter learns: Hub id, JSONL, upload.")] = None,
+    train_steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="In place of steps: times that the text is read.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a training step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the training, after warm-up.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Calibration text: builtin, generated, Hub id, JSONL, upload.")
     ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(help="Part of a calibration mixture, SOURCE=SHARE or SOURCE:KIND=SHARE; shares add up to 1."),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a calibration sequence.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows to ask both models, NAME=KIND:SOURCE; multiple_choice, exact_match, perplexity, chat."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Draws of the evaluation text.")] = None,
     evaluation: Annotated[bool, typer.Option("--evaluation/--no-evaluation", help="Measure before and after.")] = True,
     ignore: Annotated[list[str] | None, typer.Option(help="Pattern of linears to leave as they are.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS for the linears that match.")] = None,
@@ -63,6 +83,9 @@ def submit(
     max_perplexity_ratio: Annotated[float | None, typer.Option(help="Fail above this ratio.")] = None,
     max_kl_divergence: Annotated[float | None, typer.Option(help="Fail above this divergence, nats per token.")] = None,
     min_top1_agreement: Annotated[float | None, typer.Option(help="Fail below this share.")] = None,
+    max_kl_of_kinds: Annotated[
+        float | None, typer.Option(help="Fail above this divergence on any part of the mixture.")
+    ] = None,
     verify: Annotated[str | None, typer.Option(help="What runtimes read of the result: block, files or off.")] = None,
     require_load: Annotated[
         list[str] | None, typer.Option(help="Fail unless this runtime loads the result: vllm, llama.cpp, ...")
@@ -93,10 +116,15 @@ def submit(
     scheme |= goal_fields(at_most_kl, at_most_bytes, fits_memory, context, sequences)
     outer = {"embeddings": parse_scheme(embeddings), "head": parse_scheme(head)}
     set_quantization(body, scheme | tuning, ignore, parse_overrides(override), outer)
-    calibration = {"dataset": _absolute(dataset), "num_samples": samples, "sequence_length": sequence_length}
+    training = {"steps": train_steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    set_training(body, {"dataset": _absolute(train), **training}, adapter, rank, merge)
+    text = parse_mixture(mix) if mix else _absolute(dataset)
+    calibration = {"dataset": text, "num_samples": samples, "sequence_length": sequence_length}
     set_section(body, "calibration", calibration)
+    set_section(body, "evaluation", {"tasks": parse_tasks(task) or None, "seeds": seeds})
     limits = {"max_perplexity_ratio": max_perplexity_ratio, "max_kl_divergence": max_kl_divergence}
-    set_section(body, "require", limits | {"min_top1_agreement": min_top1_agreement, "loads": require_load})
+    limits |= {"min_top1_agreement": min_top1_agreement, "max_kl_of_kinds": max_kl_of_kinds}
+    set_section(body, "require", {**limits, "loads": require_load})
     set_section(body, "metadata", parse_labels(metadata))
     set_fields(body, {"formats": format, "verify": verify, "name": name})
     if not evaluation:
@@ -199,6 +227,57 @@ def set_quantization(
         raise RequestError("quantization must be an object", field="quantization", value=target, hint=hint)
     set_fields(target, flags)
     set_section(target, "modules", rules)
+
+
+def set_training(
+    body: dict[str, Any], training: dict[str, Any], adapter: str | None, rank: int | None, merge: str | None
+) -> None:
+    """Put what is trained where the request has it; a rank without a kind belongs to the method or its recipe."""
+    set_section(body, "finetune", training)
+    set_fields(body, {"merge": merge})
+    if adapter is not None or isinstance(body.get("adapter"), dict):
+        set_section(body, "adapter", {"kind": adapter, "rank": rank})
+    else:
+        set_fields(body.get("quantization", body), {"rank": rank})
+
+
+def parse_mixture(parts: list[str]) -> list[dict[str, Any]]:
+    """[{"dataset": "chat.jsonl", "share": 0.3}] from ["chat.jsonl=0.3"]; ":tools" before "=" names a kind of rows.
+
+    Raises:
+        RequestError: one is not SOURCE=SHARE.
+    """
+    return [_part(text) for text in parts]
+
+
+def _part(text: str) -> dict[str, Any]:
+    source, _, share = text.rpartition("=")
+    try:
+        part: dict[str, Any] = {"share": float(share)}
+    except ValueError as error:
+        hint = "e.g. --mix chat.jsonl=0.3 --mix builtin=0.7"
+        raise RequestError(f"{text!r} is not SOURCE=SHARE", field="mix", value=text, hint=hint) from error
+    name, _, kind = source.rpartition(":")
+    if name and kind in ROW_KINDS:
+        return {"dataset": _absolute(name), "kind": kind, **part}
+    return {"dataset": _absolute(source), **part}
+
+
+def parse_tasks(tasks: list[str] | None) -> list[dict[str, Any]]:
+    """[{"name": "arc", "kind": "multiple_choice", "dataset": "arc.jsonl"}] from ["arc=multiple_choice:arc.jsonl"].
+
+    Raises:
+        RequestError: one is not NAME=KIND:SOURCE.
+    """
+    parsed = []
+    for task in tasks or []:
+        name, equals, rest = task.partition("=")
+        kind, colon, source = rest.partition(":")
+        if not equals or not colon:
+            hint = "e.g. --task arc=multiple_choice:arc.jsonl"
+            raise RequestError(f"{task!r} is not NAME=KIND:SOURCE", field="task", value=task, hint=hint)
+        parsed.append({"name": name, "kind": kind, "dataset": _absolute(source)})
+    return parsed
 
 
 def parse_scheme(text: str | None) -> int | str | None:

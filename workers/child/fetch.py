@@ -58,7 +58,10 @@ TEMPLATES = "additional_chat_templates/"
 """The one folder of a repository that belongs to a checkpoint."""
 LOOK_SECONDS, LOOK_BYTES = 300.0, 512 << 20
 """Limits of what is read to judge a model; the headers of a thousand shards take a tenth of either."""
-TEXT_COLUMNS = ("text", "prompt", "completion", "messages")
+TEXT_COLUMNS = ("text", "prompt", "completion", "messages", "conversations")
+BESIDE_COLUMNS = ("tools", "functions", "system", "chat_template_kwargs")
+"""Read beside messages, and dropped beside texts, where they say something else."""
+TASK_COLUMNS = ("question", "choices", "answer")
 COMPLETE = ".complete"
 TransportError: type[BaseException] = HfHubHTTPError.__bases__[0]
 """HTTPError of the HTTP library that this version of huggingface_hub stands on (httpx or httpx2)."""
@@ -105,15 +108,15 @@ def fetch(order: FetchOrder, workspace: Path, report: ReportPipe) -> FetchedLine
             given = order.model.id, order.model.revision
             revision = pins.commit("model", lambda: reader.repository(*given).commit)
             folder = str(fetch_model(order, order.model.id, revision, reader, report))
-    texts: dict[str, TextOrder | None] = {role: getattr(order, role) for role in TEXT_ROLES.values()}
-    for field, role in TEXT_ROLES.items():
-        text = texts[role]
-        if text is not None and not Path(text.path).exists():
+    for field, text in order.texts.items():
+        if not Path(text.path).exists():
             with hub_errors(field, text.dataset.id):
-                commit = pins.commit(role, partial(_commit, text.dataset.id, text.dataset.revision))
+                pin = TEXT_ROLES.get(field, field)
+                commit = pins.commit(pin, partial(_commit, text.dataset.id, text.dataset.revision))
                 write_text(text, commit)
-    paths = {f"{role}_path": None if text is None else text.path for role, text in texts.items()}
-    return FetchedLine(model_path=folder, model_revision=revision, **paths)
+    paths = {f"{TEXT_ROLES[field]}_path": text.path for field, text in order.texts.items() if field in TEXT_ROLES}
+    others = {field: text.path for field, text in order.others.items()}
+    return FetchedLine(model_path=folder, model_revision=revision, other_texts=others, **paths)
 
 
 class Pins:
@@ -232,9 +235,12 @@ def text_lines(rows: Iterable[Mapping[str, object]], order: TextOrder) -> Iterat
     """JSON lines of the known columns of `rows`, until `order.characters` are reached."""
     characters = 0
     for row in rows:
-        kept = {name: row[name] for name in TEXT_COLUMNS if row.get(name) is not None}
+        known = (*TEXT_COLUMNS, *TASK_COLUMNS) if order.asks else TEXT_COLUMNS
+        kept = {name: row[name] for name in known if row.get(name) is not None}
+        if kept.keys() & {"messages", "conversations"}:
+            kept |= {name: row[name] for name in BESIDE_COLUMNS if row.get(name) is not None}
         if not kept:
-            hint = f"rows need one of: {', '.join(TEXT_COLUMNS)}"
+            hint = f"rows need one of: {', '.join(known)}"
             columns = ", ".join(row)
             raise InvalidDataset(f"the rows have the columns {columns}", value=order.dataset.id, hint=hint)
         line = json.dumps(kept, ensure_ascii=False) + "\n"

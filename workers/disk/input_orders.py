@@ -51,8 +51,19 @@ class StoredFinetuning(Message):
     notes: StoredNotes
 
 
+class StoredProbe(Message):
+    """Sequences that are measured beside the evaluation text, without their tokens."""
+
+    name: str
+    share: float | None
+    sequences: int
+    whole: int
+
+
 class TextsLine(Message):
     """The texts of a job without their tokens."""
+
+    probes: tuple[StoredProbe, ...] = ()
 
     calibration: StoredSequences | None = None
     evaluation: StoredSequences | None = None

@@ -1,6 +1,7 @@
 """Orders from the supervisor to its children: `fetch.json` and `order.json` in the workspace."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,13 +15,17 @@ BUILTIN_TEXT = "BITWRIGHT_BUILTIN_TEXT"
 
 
 class TextOrder(BaseModel):
-    """One Hub dataset to write as JSONL to `path`: rows from the start, until `characters` of text are there."""
+    """One Hub dataset to write as JSONL to `path`: rows from the start, until `characters` of text are there.
+
+    asks    whether rows are those of a task, with answers
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: HubDataset
     path: str
     characters: Annotated[int, Field(gt=0)]
+    asks: bool = False
 
 
 class FetchOrder(BaseModel):
@@ -43,11 +48,18 @@ class FetchOrder(BaseModel):
     calibration: TextOrder | None = None
     evaluation: TextOrder | None = None
     finetuning: TextOrder | None = None
+    others: dict[str, TextOrder] = Field(default_factory=dict, description="Texts without a role, by their fields.")
 
     @property
     def empty(self) -> bool:
         """True if the job needs nothing from the Hub."""
-        return not any((self.model, *(getattr(self, role) for role in TEXT_ROLES.values())))
+        return not any((self.model, self.texts))
+
+    @property
+    def texts(self) -> dict[str, TextOrder]:
+        """All texts, by the request's fields that name them."""
+        known = {field: getattr(self, role) for field, role in TEXT_ROLES.items()}
+        return {field: text for field, text in known.items() if text is not None} | self.others
 
 
 class RuntimePlace(Message):
@@ -79,6 +91,10 @@ class AttemptOrder(Message):
     calibration_path: str | None = Field(default=None, description="JSONL file; None for builtin or generated text.")
     evaluation_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
     finetuning_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
+    other_texts: dict[str, str] = Field(
+        default_factory=dict,
+        description="JSONL files of further texts, by the request's fields that name them: parts of a mixture, tasks.",
+    )
     base_job_path: str | None = Field(
         default=None, description="Folder with the checkpoints of the job that this one starts from, by format."
     )
@@ -106,6 +122,12 @@ class AttemptOrder(Message):
     tells_needs: bool = Field(
         default=False, description="Whether the attempt reports what it will need: the worker has memory to give back."
     )
+
+    @property
+    def text_files(self) -> list[Path]:
+        """Files of all texts that are read from one."""
+        paths = (self.calibration_path, self.evaluation_path, self.finetuning_path, *self.other_texts.values())
+        return [Path(path) for path in paths if path is not None]
 
     def renumbered(self, given: Mapping[int, int]) -> "AttemptOrder":
         """The order with the numbers that descriptors have in another process: `given`, from number to number."""

@@ -9,7 +9,6 @@ token before them in their sequence:
 Activations of both are there when the last block is done; logits are made for some tokens at a time and dropped.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.errors import NumericalFailure
 from bitwright.events import Stage
 from bitwright.report import Figures, Quality
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
@@ -25,13 +23,15 @@ from workers.engine.device.quick_products import quick_products
 from workers.engine.finetune.stage import Finetuned
 from workers.engine.job import Job
 from workers.engine.memory import LOGITS_AT_ONCE
-from workers.engine.model.overflow import ALSO_DTYPE, original_overflows
+from workers.engine.model.overflow import original_overflows
 from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.quality_sums import kind_warnings, quality_of
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.outer_matrices import plain_head
 from workers.engine.quantize.stage import Quantized
 from workers.engine.shipped import Replay, evaluated_key, shipments_of
 from workers.engine.shipped_quality import Evaluated, QualityMeter, differences, evaluate
+from workers.engine.text.mixture import Probe
 from workers.engine.text.sequences import Sequences
 
 CACHED_LOGITS = 262_144
@@ -51,9 +51,12 @@ def run(job: Job, quantized: Quantized, finetuned: Finetuned | None) -> Evaluate
     if activations is None or sequences is None:
         return None
 
+    seeds = 1 if job.request.evaluation is None else job.request.evaluation.seeds
+    of_text = {"processes": job.processes, "probes": job.texts.probes, "seeds": seeds}
+
     def quality(states: Tensor, head: Tensor | None, tick: Callable[[float], None], **more: Any) -> Quality:
         texts = (job.model, activations.original, states, sequences)
-        return measure(*texts, quantized_head=head, tick=tick, processes=job.processes, **more)
+        return measure(*texts, quantized_head=head, tick=tick, **of_text, **more)
 
     beside = _round_to_nearest(job, activations, quantized.head)
 
@@ -75,6 +78,8 @@ def run(job: Job, quantized: Quantized, finetuned: Finetuned | None) -> Evaluate
     for name in ("perplexity_original", "perplexity", "kl_divergence", "top1_agreement"):
         job.reporter.metric(name, getattr(evaluated.quality, name))
     for code, message in differences(evaluated, None if finetuned is None else finetuned.report, _merging(job)):
+        job.reporter.warning(code, message)
+    for code, message in kind_warnings(evaluated.quality):
         job.reporter.warning(code, message)
     if beside is None:
         return evaluated
@@ -127,20 +132,26 @@ def measure(
     tick: Callable[[float], None],
     processes: ProcessGroup = SINGLE_PROCESS,
     beside: Beside | None = None,
+    probes: Sequence[Probe] = (),
+    seeds: int = 1,
 ) -> Quality:
     """Quality on `sequences`, whose hidden states after the last block are given, each (sequences, length, width).
 
     quantized_head  dequantized weight of the head where that is quantized too
     processes       those that measure together; the hidden states are of this one's share of the sequences
     beside          others that are measured, too
+    probes          further sequences, whose hidden states follow those of `sequences`
+    seeds           draws that the sequences are of, as many sequences each
 
     Raises:
         NumericalFailure: the original or the quantized model's output is not finite.
     """
     head, others = model.model.get_submodule(model.layout.head), [] if beside is None else [beside]
-    sums = torch.zeros(1 + len(others), 4, dtype=torch.float64)
+    together = torch.cat([sequences.ids, *(probe.ids for probe in probes)])
+    sums = torch.zeros(1 + len(others), len(together), 4, dtype=torch.float64)
     step = max(1, LOGITS_AT_ONCE[model.device.type] // model.vocabulary)
-    ids = processes.share(sequences.ids)
+    ids = processes.share(together)
+    own = processes.share(torch.arange(len(together))).tolist()
     count, length = ids.shape
     with model.loaded(*model.after_blocks), quick_products(head):
         weights = _weights(head.weight, [quantized_head, *(other.head for other in others)])
@@ -153,13 +164,13 @@ def measure(
                     head.weight = weight
                     logits.append(model.logits(hidden[row : row + 1, positions].to(model.device))[0])
                 labels = ids[row, positions.start + 1 : positions.stop + 1].to(model.device)
-                sums += _token_sums(logits[0], logits[1:], labels)
+                sums[:, own[row]] += _token_sums(logits[0], logits[1:], labels)
             tick((row + 1) / count)
         head.weight = weights[0]
     processes.sum_(sums)
-    if not math.isfinite(sums[0, 0]):
+    if not bool(sums[0, :, 0].isfinite().all()):
         raise original_overflows(model.dtype)
-    quality, *rest = [_quality(each, len(sequences.ids) * (length - 1), sequences) for each in sums]
+    quality, *rest = [quality_of(each, length - 1, sequences, probes, seeds) for each in sums]
     for other, found in zip(others, rest, strict=True):
         other.found.append(found)
     return quality
@@ -201,25 +212,3 @@ def largest(rows: Tensor) -> Tensor:
     part = parts.amax(-1).argmax(-1, keepdim=True)
     inside = parts.take_along_dim(part.unsqueeze(-1), -2).squeeze(-2).argmax(-1, keepdim=True)
     return (part * PART + inside).squeeze(-1)
-
-
-def _quality(sums: Tensor, tokens: int, sequences: Sequences) -> Quality:
-    original, quantized, divergence, agreement = (sums / tokens).tolist()
-    if not all(map(math.isfinite, (original, quantized, divergence))):
-        raise NumericalFailure(
-            f"on the evaluation text the loss is {original} before and {quantized} after quantization",
-            field="quantization",
-            hint="use more bits or smaller groups" + ALSO_DTYPE,
-        )
-    return Quality(
-        text=sequences.report(),
-        perplexity_original=_exp(original),
-        perplexity=_exp(quantized),
-        kl_divergence=max(0.0, divergence),
-        top1_agreement=agreement,
-    )
-
-
-def _exp(nats: float) -> float:
-    """exp, limited to what JSON can hold."""
-    return math.exp(min(nats, 700.0))

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from app.domain.advice import starved_calibration
+from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import GeneratedText
 from bitwright.errors import InvalidDataset
 from workers.disk.orders import AttemptOrder
@@ -17,7 +19,11 @@ from workers.engine.reporter import Reporter
 from workers.engine.text.documents import Notes
 from workers.engine.text.finetuning_texts import FinetuningTexts, read_finetuning_texts
 from workers.engine.text.generated import Generation, generated_sequences
+from workers.engine.text.mixture import Probe, mixed_sequences, starved_parts
 from workers.engine.text.sequences import Sequences, calibration_sequences, evaluation_sequences
+
+CALIBRATION_PROBES, PROBED = 4, 8
+"""Sequences of the calibration text that are measured at the most, and sequences of the evaluation for each of them."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +33,21 @@ class Texts:
     calibration: Sequences | None
     evaluation: Sequences | None
     finetuning: FinetuningTexts | None = None
+    probes: tuple[Probe, ...] = ()
+    """Sequences that are measured beside those of the evaluation, of the same length."""
+
+    @property
+    def evaluated(self) -> Tensor | None:
+        """All sequences that are measured, int64 (sequences, length), on the host: the evaluation's come first."""
+        if self.evaluation is None:
+            return None
+        return torch.cat([self.evaluation.ids, *(probe.ids for probe in self.probes)])
 
     def activation_sizes(self, keep_inputs: bool, reference: bool = False) -> list[ActivationSize]:
         """Sizes of their activations: calibration has its inputs besides if they are kept, evaluation its reference."""
-        texts = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 3 if reference else 2))
-        return [
-            ActivationSize(len(text.ids), text.ids.shape[1], tensors) for text, tensors in texts if text is not None
-        ]
+        calibration = None if self.calibration is None else self.calibration.ids
+        texts = ((calibration, 3 if keep_inputs else 2), (self.evaluated, 3 if reference else 2))
+        return [ActivationSize(len(ids), ids.shape[1], tensors) for ids, tensors in texts if ids is not None]
 
 
 def read_texts(
@@ -80,7 +94,23 @@ def read_texts(
                 reporter.warning(
                     "overlapping_windows", f"{name}: the builtin text is short for this many tokens; sequences overlap"
                 )
-    return texts
+    for probe in texts.probes:
+        if len(probe.ids):
+            _check_vocabulary(model, probe.ids)
+    for starved in starved_parts(texts.probes, request.calibration.num_samples):
+        reporter.warning("starved_kind", starved)
+    return replace(texts, probes=(*_of_calibration(request, texts), *texts.probes))
+
+
+def _of_calibration(request: JobRequest, texts: Texts) -> tuple[Probe, ...]:
+    """Some of the calibration's sequences, cut to the evaluation's length: text that the result has seen."""
+    calibration, evaluation = texts.calibration, request.evaluation
+    if calibration is None or evaluation is None or calibration.ids.shape[1] < evaluation.sequence_length:
+        return ()
+    count = min(CALIBRATION_PROBES, evaluation.num_samples // PROBED)
+    if not count:
+        return ()
+    return (Probe("calibration", calibration.ids[:count, : evaluation.sequence_length].clone(), calibrates=True),)
 
 
 def read_files(order: AttemptOrder, tokenizer: PreTrainedTokenizerBase) -> Texts:
@@ -93,9 +123,15 @@ def read_files(order: AttemptOrder, tokenizer: PreTrainedTokenizerBase) -> Texts
     paths = (order.calibration_path, order.evaluation_path, order.finetuning_path)
     calibration_file, evaluation_file, finetuning_file = (None if path is None else Path(path) for path in paths)
     calibration = evaluation = finetuning = None
+    probes: tuple[Probe, ...] = ()
+    mixed = _mixture_files(order)
     if request.finetune is not None:
         finetuning = read_finetuning_texts(tokenizer, request.finetune, finetuning_file, evaluation_file)
-    if _calibrates(order) and not isinstance(request.calibration.dataset, GeneratedText):
+    if _calibrates(order) and request.calibration.mixture:
+        calibration, probes = mixed_sequences(
+            tokenizer, request.calibration, mixed, request.seed, request.evaluation, evaluation_file
+        )
+    elif _calibrates(order) and not isinstance(request.calibration.dataset, GeneratedText):
         calibration = calibration_sequences(
             tokenizer, request.calibration, calibration_file, request.seed, evaluation_file
         )
@@ -106,10 +142,17 @@ def read_files(order: AttemptOrder, tokenizer: PreTrainedTokenizerBase) -> Texts
             calibration_file = evaluation_file if shared else None
         if not request.quantization.reads_text():
             calibration_file = None
+        used = mixed.values() if _calibrates(order) else ()
         evaluation = evaluation_sequences(
-            tokenizer, request.evaluation, evaluation_file, request.seed, calibration_file, finetuning_file
+            tokenizer, request.evaluation, evaluation_file, request.seed, calibration_file, finetuning_file, *used
         )
-    return Texts(calibration, evaluation, finetuning)
+    return Texts(calibration, evaluation, finetuning, probes)
+
+
+def _mixture_files(order: AttemptOrder) -> dict[int, Path]:
+    """Files of the parts of the calibration's mixture, by their numbers; builtin text has none."""
+    fields = {f"calibration.mixture.{n}.dataset": n for n in range(len(order.request.calibration.mixture))}
+    return {fields[field]: Path(path) for field, path in order.other_texts.items() if field in fields}
 
 
 def _calibrates(order: AttemptOrder) -> bool:

@@ -170,8 +170,8 @@ class _Attempt:
         request, tenant = self._claim.request, self._claim.tenant_id
         of_tenant = (for_tenant(self._context, self._claim), tenant)
         model = None if request.exports else model_path(*of_tenant, request, self._workspace)
-        texts = {
-            f"{TEXT_ROLES[named.field]}_path": text_path(*of_tenant, named.source, self._workspace, field=named.field)
+        files = {
+            named.field: text_path(*of_tenant, named.source, self._workspace, field=named.field)
             for named in read_sources(request)
             if named.source is not request.model
         }
@@ -179,8 +179,11 @@ class _Attempt:
         sizes = self._context.capacity.sizes()
         wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir, sizes)
         fetched = None if wanted.empty else self._fetch(wanted, own_token(self._context, self._claim))
+        texts = {f"{role}_path": files.get(field) for field, role in TEXT_ROLES.items()}
+        others = {field: path for field, path in files.items() if path is not None and field not in TEXT_ROLES}
         if fetched is not None:
             texts = {name: path or getattr(fetched, name) for name, path in texts.items()}
+            others |= fetched.other_texts
         return AttemptOrder(
             job_id=self._claim.job_id,
             attempt=self._claim.attempt,
@@ -199,6 +202,7 @@ class _Attempt:
             limits_input=warm is not None,
             memory=self._context.settings.attempt_memory,
             tells_needs=True,
+            other_texts=others,
             **texts,
         )
 

@@ -8,12 +8,12 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from app.domain.inputs.roots import ALLOWED_HINT, check_links, lies_under
+from app.domain.request.evaluation_tasks import EvaluationTask
 from app.domain.request.finetuning import Finetune
 from app.domain.request.job_request import Calibration, Evaluation, JobRequest
-from app.domain.request.source_walk import read_sources
+from app.domain.request.mixtures import MixedPart
+from app.domain.request.source_walk import NamedSource, read_sources
 from app.domain.request.sources import (
     HubDataset,
     HubModel,
@@ -33,6 +33,9 @@ from workers.supervise.context import WorkerContext
 
 CHARACTERS_PER_TOKEN = 12
 """More than any tokenizer's average on text, so that a fetched head of a dataset is long enough."""
+MIXED_SURPLUS, KIND_SURPLUS = 2, 8
+"""Times as many tokens as a part of a mixture gives are fetched of its dataset, where all rows count and where not."""
+LEAST_TOKENS = 1 << 16
 
 
 def fetch_order(
@@ -44,25 +47,40 @@ def fetch_order(
     """
     model = request.model if isinstance(request.model, HubModel) and not request.exports else None
     wanted = [
-        (TEXT_ROLES[named.field], named.source, tokens_read(named.section))
+        (named.field, named.source, tokens_read(request, named))
         for named in read_sources(request)
         if isinstance(named.source, HubDataset)
     ]
     orders: dict[str, TextOrder] = {}
-    for role, dataset, _ in wanted:
-        sharing = [(other, size) for other, same, size in wanted if same == dataset]
-        orders[role] = TextOrder(
+    for field, dataset, _ in wanted:
+        sharing = [(other, size) for other, same, size in wanted if same == dataset and _asks(other) == _asks(field)]
+        orders[field] = TextOrder(
             dataset=dataset,
-            path=str(workspace.sources / f"{sharing[0][0]}.jsonl"),
+            path=str(workspace.sources / f"{TEXT_ROLES.get(sharing[0][0], sharing[0][0])}.jsonl"),
             characters=CHARACTERS_PER_TOKEN * sum(size for _, size in sharing),
+            asks=_asks(field),
         )
+    roles = {TEXT_ROLES[field]: text for field, text in orders.items() if field in TEXT_ROLES}
+    others = {field: text for field, text in orders.items() if field not in TEXT_ROLES}
     known = {name: size for name, size in (capacity or {}).items() if size is not None}
-    return FetchOrder(model=model, models_folder=str(models_folder), request=request, capacity=known, **orders)
+    return FetchOrder(
+        model=model, models_folder=str(models_folder), request=request, capacity=known, others=others, **roles
+    )
 
 
-def tokens_read(section: BaseModel) -> int:
+def _asks(field: str) -> bool:
+    """True if a field of a request names rows of a task."""
+    return field.startswith("evaluation.tasks.")
+
+
+def tokens_read(request: JobRequest, named: NamedSource) -> int:
     """Tokens of its dataset that a part of a request reads at the most."""
-    if not isinstance(section, Calibration | Evaluation | Finetune):
+    section = named.section
+    if isinstance(section, MixedPart):
+        # Some rows are held out, and others are of another kind.
+        more = MIXED_SURPLUS if section.kind is None else KIND_SURPLUS
+        return max(LEAST_TOKENS, int(section.share * request.calibration.tokens_read * more))
+    if not isinstance(section, Calibration | Evaluation | Finetune | EvaluationTask):
         raise TypeError(f"{type(section).__name__} does not say how much of its dataset is read")
     return section.tokens_read
 

@@ -1,13 +1,14 @@
 """Texts as JSONL: what a line may be. An upload is judged by it when it is completed, a calibration when it reads."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 
 from app.domain.inputs.messages import RowProblem
 from app.domain.inputs.rows import Row, parse_row
 from app.domain.inputs.side_files import MOST_LEVELS, is_deep
+from app.domain.inputs.task_rows import AskedRow, is_asked, parse_asked
 from bitwright.errors import InvalidDataset
 
 MAX_LINE_BYTES = 16 << 20
@@ -17,21 +18,42 @@ LESS = "give fewer rows: calibration and evaluation read a few thousand sequence
 WANTED = 'give a JSON object a line, with "text", with "prompt" and "completion", or with "messages"'
 
 
+class HasText(Protocol):
+    """What a row of any kind says of itself."""
+
+    @property
+    def is_blank(self) -> bool: ...
+
+
+RowT = TypeVar("RowT", bound=HasText)
+Parse = Callable[[Mapping[str, Any]], tuple[RowT, tuple[str, ...]]]
+"""The contents of a row, and the names of the columns that were not read."""
+
+
 @dataclass(frozen=True)
-class Record:
+class Record(Generic[RowT]):
     """A line of a file: its number from 1, what it holds, and the columns that were not read."""
 
     number: int
-    row: Row
+    row: RowT
     ignored: tuple[str, ...] = ()
 
 
 def check_jsonl(stream: BinaryIO, name: str) -> int:
-    """The number of records of a JSONL file that hold text. Raises as `numbered_records`."""
-    return sum(not record.row.is_blank for record in numbered_records(stream, name))
+    """The number of records of a JSONL file that hold text or ask for an answer. Raises as `numbered_records`."""
+    return sum(not record.row.is_blank for record in parsed_records(stream, name, _parse_any))
 
 
-def numbered_records(stream: BinaryIO, name: str) -> Iterator[Record]:
+def _parse_any(row: Mapping[str, Any]) -> tuple[Row | AskedRow, tuple[str, ...]]:
+    return parse_asked(row) if is_asked(row) else parse_row(row)
+
+
+def numbered_records(stream: BinaryIO, name: str) -> Iterator[Record[Row]]:
+    """The records of a JSONL file of texts, one after the other, those without text too. Raises as `parsed_records`."""
+    return parsed_records(stream, name, parse_row)
+
+
+def parsed_records(stream: BinaryIO, name: str, parse: Parse[RowT]) -> Iterator[Record[RowT]]:
     """The records of a JSONL file, one after the other, those without text too; `name` is for messages.
 
     Raises:
@@ -47,7 +69,7 @@ def numbered_records(stream: BinaryIO, name: str) -> Iterator[Record]:
         if len(line) > MAX_LINE_BYTES:
             raise bad_line(name, number, f"longer than {MAX_LINE_BYTES} bytes", line)
         if line.strip():
-            record = parse_record(line, number, name)
+            record = parse_record(line, number, name, parse)
             blank, records = blank + record.row.is_blank, records + 1
             yield record
     if blank == records:
@@ -55,7 +77,7 @@ def numbered_records(stream: BinaryIO, name: str) -> Iterator[Record]:
         raise InvalidDataset(detail, field=name, value=name, hint=WANTED)
 
 
-def parse_record(line: bytes, number: int, name: str) -> Record:
+def parse_record(line: bytes, number: int, name: str, parse: Parse[RowT]) -> Record[RowT]:
     """The record on a line.
 
     Raises:
@@ -70,7 +92,7 @@ def parse_record(line: bytes, number: int, name: str) -> Record:
     if is_deep(row):
         raise bad_line(name, number, f"nested more than {MOST_LEVELS} levels deep", line)
     try:
-        parsed, ignored = parse_row(row)
+        parsed, ignored = parse(row)
     except RowProblem as problem:
         raise bad_field(name, number, problem, row) from problem
     return Record(number, parsed, ignored)

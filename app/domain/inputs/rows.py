@@ -11,6 +11,7 @@ A field that is null is not there. Of other columns the names are told, so that 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from app.domain.inputs.messages import Message, RowProblem, json_name, parse_messages, parse_tools
@@ -91,6 +92,27 @@ class Conversation:
 
 
 Row = PlainText | TextPair | Conversation
+
+
+class RowKind(StrEnum):
+    """What a row is, as mixtures tell rows apart."""
+
+    TEXT = "text"
+    COMPLETION = "completion"
+    MESSAGES = "messages"
+    TOOLS = "tools"
+
+    @classmethod
+    def of(cls, row: Row) -> "RowKind":
+        """The kind of a row; of messages with tools or calls beside them, `tools`."""
+        match row:
+            case PlainText():
+                return cls.TEXT
+            case TextPair():
+                return cls.COMPLETION
+            case Conversation():
+                calls = any("tool_calls" in message.fields for message in row.messages)
+                return cls.TOOLS if row.tools or calls else cls.MESSAGES
 
 
 def parse_row(row: Mapping[str, Any]) -> tuple[Row, tuple[str, ...]]:

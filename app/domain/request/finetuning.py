@@ -4,6 +4,7 @@ The quantized base never changes; what is trained is the adapter that the reques
 go through the model at once, and whether activations are recomputed, is the engine's plan and shown in the report.
 """
 
+import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from app.domain.adapters import LEARNING_RATE
 from app.domain.methods.schemes import without_default
 from app.domain.request.sources import DatasetSource
+
+MOST_STEPS = 1_000_000
+EPOCH_TOKENS = 64_000_000
+"""Of a dataset on the Hub that is read whole, at the most: what a file of texts may hold."""
 
 
 class Finetune(BaseModel):
@@ -21,7 +26,15 @@ class Finetune(BaseModel):
     dataset: DatasetSource = Field(
         description="JSONL rows with `text`, with `prompt` and `completion`, or with `messages`."
     )
-    steps: int = Field(default=200, strict=True, ge=1, le=1_000_000, description="Steps of the optimizer.")
+    steps: int = Field(default=200, strict=True, ge=1, le=MOST_STEPS, description="Steps of the optimizer.")
+    epochs: float | None = Field(
+        default=None,
+        strict=True,
+        gt=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="In place of steps: how often every training sequence is read; the report has the steps.",
+    )
     batch_size: int = Field(
         default=8, strict=True, ge=1, le=4096, description="Sequences a step, over all micro-batches and devices."
     )
@@ -100,9 +113,24 @@ class Finetune(BaseModel):
             raise ValueError("patience needs validation_every and a validation_share above 0")
         return self
 
+    @model_validator(mode="after")
+    def _has_one_length(self) -> Self:
+        if self.epochs is not None and self.steps != Finetune.model_fields["steps"].default:
+            raise ValueError("say how long by steps or by epochs, not by both")
+        return self
+
+    def of_sequences(self, count: int) -> Self:
+        """The same with the steps that its epochs are over so many training sequences."""
+        if self.epochs is None:
+            return self
+        steps = min(MOST_STEPS, max(1, math.ceil(self.epochs * count / self.batch_size)))
+        return self.model_copy(update={"steps": steps})
+
     @property
     def tokens_read(self) -> int:
         """Tokens of the dataset that are read at the most."""
+        if self.epochs is not None:
+            return EPOCH_TOKENS
         held_out = self.validation_sequences if self.validation_share else 0
         return (self.steps * self.batch_size + held_out) * self.sequence_length
 

@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from app.domain.adapters import AdapterSpec
 from app.domain.format_rules import default_for
@@ -15,13 +15,16 @@ from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS
 from app.domain.methods import QuantizationSpec
 from app.domain.request.base_job import JOB_ID, BaseJob, Folded
 from app.domain.request.combination_rules import result_problems
+from app.domain.request.evaluation_tasks import EvaluationTask, TaskRequirement
 from app.domain.request.finetuning import Finetune
 from app.domain.request.goal_problems import goal_problems
 from app.domain.request.job_name import JobName
 from app.domain.request.loading_rules import loading_problems
+from app.domain.request.mixtures import MixedPart, demand_whole
 from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems, text_problems, with_new_problems
 from app.domain.request.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
 from app.domain.request.sources import BuiltinText, CalibrationSource, DatasetSource, ModelSource
+from app.domain.request.task_problems import task_problems
 from app.domain.runtimes import Runtime
 from bitwright.errors import FieldProblem, InvalidRequest, shorten
 from bitwright.job_states import FINAL_STATUSES, DeviceClass, JobStatus
@@ -48,8 +51,24 @@ class Calibration(RequestPart):
     """Text that the method observes: `num_samples` sequences of `sequence_length` tokens."""
 
     dataset: CalibrationSource = BuiltinText()
+    mixture: tuple[MixedPart, ...] = Field(
+        default=(),
+        max_length=16,
+        description="Several datasets with shares, in place of `dataset`; a list there means the same.",
+    )
     num_samples: int = Field(default=128, strict=True, ge=1, le=65_536, description="Sequences.")
     sequence_length: int = Field(default=2048, strict=True, ge=16, le=131_072, description="Tokens a sequence.")
+
+    @property
+    def sequences(self) -> int:
+        """Of the whole text."""
+        return self.num_samples
+
+    @field_validator("mixture")
+    @classmethod
+    def _adds_up(cls, mixture: tuple[MixedPart, ...]) -> tuple[MixedPart, ...]:
+        demand_whole(mixture)
+        return mixture
 
     @property
     def tokens_read(self) -> int:
@@ -63,11 +82,34 @@ class Evaluation(RequestPart):
     dataset: DatasetSource = BuiltinText()
     num_samples: int = Field(default=32, strict=True, ge=1, le=65_536, description="Sequences.")
     sequence_length: int = Field(default=1024, strict=True, ge=16, le=131_072, description="Tokens per sequence.")
+    seeds: int = Field(
+        default=1,
+        strict=True,
+        ge=1,
+        le=16,
+        description="Draws of `num_samples` sequences, none in two of them: their figures differ by the noise.",
+    )
+    tasks: tuple[EvaluationTask, ...] = Field(
+        default=(), max_length=16, description="Rows with known answers that both models are asked besides."
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def _has_different_names(cls, tasks: tuple[EvaluationTask, ...]) -> tuple[EvaluationTask, ...]:
+        names = [task.name for task in tasks]
+        if len(set(names)) < len(names):
+            raise ValueError("must have a different name for each task")
+        return tasks
+
+    @property
+    def sequences(self) -> int:
+        """Of all draws together."""
+        return self.num_samples * self.seeds
 
     @property
     def tokens_read(self) -> int:
         """Tokens of the dataset that are read at the most."""
-        return self.num_samples * self.sequence_length
+        return self.sequences * self.sequence_length
 
 
 class Requirements(RequestPart):
@@ -87,11 +129,21 @@ class Requirements(RequestPart):
         allow_inf_nan=False,
         description="Share of tokens where the most likely next token is the same.",
     )
+    max_kl_of_kinds: float | None = Field(
+        default=None,
+        strict=True,
+        gt=0,
+        allow_inf_nan=False,
+        description="Nats a token on held-out rows of each part of `calibration.mixture`.",
+    )
     loads: tuple[Runtime, ...] | None = Field(
         default=None,
         min_length=1,
         max_length=len(Runtime),
         description="Runtimes that must load the result. With verify block the one block counts, with files the files.",
+    )
+    tasks: tuple[TaskRequirement, ...] | None = Field(
+        default=None, min_length=1, max_length=64, description="Limits on figures of `evaluation.tasks`."
     )
 
 
@@ -180,7 +232,7 @@ class JobRequest(RequestPart):
         problems = with_new_problems(expansion.problems, text_problems(body))
         try:
             request = cls.model_validate(expansion.body)
-            found = goal_problems(request, request.calibration.num_samples)
+            found = [*goal_problems(request, request.calibration.num_samples), *_mixture_problems(request)]
             written = [p.model_copy(update={"field": as_written(body, p.field)}) for p in found]
             problems = with_new_problems(problems, written)
         except ValidationError as error:
@@ -188,6 +240,7 @@ class JobRequest(RequestPart):
         else:
             loads = None if request.require is None else request.require.loads
             problems = with_new_problems(problems, loading_problems(request.verify, loads, request.formats))
+            problems = with_new_problems(problems, _task_problems(request))
         problems += _adapter_problems(expansion)
         problems += _format_problems(expansion, body, None if base_job is None else base_job.folded)
         if problems:
@@ -215,6 +268,20 @@ def _adapter_problems(expansion: Expansion) -> list[FieldProblem]:
         return []
     detail = 'an adapter is trained on a text: this field is needed, e.g. {"dataset": "upl_..."}'
     return [FieldProblem(field="finetune", code="missing_field", detail=detail)]
+
+
+def _mixture_problems(request: JobRequest) -> list[FieldProblem]:
+    calibration = request.calibration
+    if not calibration.mixture or calibration.dataset == BuiltinText():
+        return []
+    detail = "a mixture stands in place of a dataset: give one of them"
+    return [FieldProblem(field="calibration.mixture", code="conflicting_fields", detail=detail)]
+
+
+def _task_problems(request: JobRequest) -> list[FieldProblem]:
+    tasks = () if request.evaluation is None else request.evaluation.tasks
+    required = None if request.require is None else request.require.tasks
+    return task_problems(tasks, required, computes=not request.exports)
 
 
 def _format_problems(expansion: Expansion, body: Mapping[str, object], folded: Folded | None) -> list[FieldProblem]:

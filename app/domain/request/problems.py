@@ -82,12 +82,22 @@ def as_written(body: Mapping[str, object], field: str) -> str:
         return ".".join(parts[1:]) or "method"
     if parts[0] == "adapter" and body.get("adapter") is None:
         return "method" if parts[1:] in ([], ["kind"]) else ".".join(parts[1:])
+    if parts[:2] == ["calibration", "mixture"] and "mixture" not in _section(body, "calibration"):
+        parts[1] = "dataset"  # a list of datasets is a mixture
     value: object = body
     for depth, key in enumerate(parts):
         if isinstance(value, str | int):
             return ".".join(parts[:depth])
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return field
+        if isinstance(value, list):
+            value = value[int(key)] if key.isdigit() and int(key) < len(value) else None
+        else:
+            value = value.get(key) if isinstance(value, Mapping) else None
+    return ".".join(parts)
+
+
+def _section(body: Mapping[str, object], name: str) -> Mapping[str, object]:
+    section = body.get(name)
+    return section if isinstance(section, Mapping) else {}
 
 
 def with_new_problems(problems: list[FieldProblem], added: list[FieldProblem]) -> list[FieldProblem]:

@@ -135,6 +135,29 @@ def _expand_sources(body: dict[str, object]) -> None:
         section = body.get(name)
         if isinstance(section, Mapping) and "dataset" in section:
             body[name] = {**section, "dataset": expand_source(section["dataset"])}
+    calibration = body.get("calibration")
+    if isinstance(calibration, Mapping):
+        body["calibration"] = _with_mixture(calibration)
+    evaluation = body.get("evaluation")
+    if isinstance(evaluation, Mapping) and isinstance(evaluation.get("tasks"), list):
+        body["evaluation"] = {**evaluation, "tasks": [_with_source(task) for task in evaluation["tasks"]]}
+
+
+def _with_mixture(calibration: Mapping[str, object]) -> dict[str, object]:
+    """The section with a list of datasets as its mixture, each in full."""
+    section = dict(calibration)
+    if isinstance(section.get("dataset"), list) and "mixture" not in section:
+        section["mixture"] = section.pop("dataset")
+    if isinstance(section.get("mixture"), list):
+        section["mixture"] = [_with_source(part) for part in section["mixture"]]  # type: ignore[attr-defined]
+    return section
+
+
+def _with_source(part: object) -> object:
+    """A part of a list with its dataset in full."""
+    if not isinstance(part, Mapping) or "dataset" not in part:
+        return part
+    return {**part, "dataset": expand_source(part["dataset"])}
 
 
 def _apply_preset(body: dict[str, object]) -> None:

@@ -47,8 +47,8 @@ def read_sources(request: JobRequest) -> list[NamedSource]:
     """
     if request.exports:
         return []
-    unread = request.calibration if request.base_job is not None else None
-    return [named for named in named_sources(request) if named.section is not unread]
+    unread = "calibration." if request.base_job is not None else None
+    return [named for named in named_sources(request) if unread is None or not named.field.startswith(unread)]
 
 
 def read_uploads(request: JobRequest) -> dict[str, str]:

@@ -99,6 +99,7 @@ DatasetSource = Annotated[BuiltinText | HubDataset | LocalText | UploadedText, F
 CalibrationSource = Annotated[
     BuiltinText | GeneratedText | HubDataset | LocalText | UploadedText, Field(discriminator="source")
 ]
+TaskSource = Annotated[HubDataset | LocalText | UploadedText, Field(discriminator="source")]
 
 
 def expand_source(value: object) -> object:

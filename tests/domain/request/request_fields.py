@@ -1,6 +1,6 @@
 """The fields of a request whose type can be a source, read off the types themselves, and requests that use each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -38,8 +38,15 @@ def _whole(field: FieldInfo) -> object:
     return field.annotation
 
 
+IN_LISTS: Mapping[str, Mapping[str, Any]] = {
+    "calibration.mixture.dataset": {"share": 1.0},
+    "evaluation.tasks.dataset": {"name": "asked", "kind": "perplexity"},
+}
+"""Fields of parts in lists, with what such a part needs besides."""
+
+
 def body_with(field: str, source: object, **fields: Any) -> dict[str, Any]:
-    """A request that names this source in this field."""
+    """A request that names this source in this field; of a list, in its first part."""
     body: dict[str, Any] = {"model": "org/model", "method": "qlora", "finetune": {"dataset": "org/text"}, **fields}
     *parts, last = field.split(".")
     part = body
@@ -47,4 +54,12 @@ def body_with(field: str, source: object, **fields: Any) -> dict[str, Any]:
         part[name] = dict(part.get(name) or {})
         part = part[name]
     part[last] = source
+    if field in IN_LISTS:
+        outer, inner = parts
+        body[outer][inner] = [{**IN_LISTS[field], last: source}]
     return body
+
+
+def place_of(field: str) -> str:
+    """A field's path in a request: of a list in its first part."""
+    return field if field not in IN_LISTS else ".0.".join(field.rsplit(".", 1))

@@ -102,7 +102,7 @@ def run(job: Job, head: Tensor | None) -> Finetuned | None:
         return None
     job.clock.enter(Stage.FINETUNE)
     attach = Attach(adapter, {} if job.base_job is None else job.base_job.adapters)
-    stage = _Finetuning(job, config, adapter, texts, attach, head)
+    stage = _Finetuning(job, config.of_sequences(len(texts.training.ids)), adapter, texts, attach, head)
     finetuned = _finetuned(stage)
     if shipments_of(job)[0].numbers is not Numbers.WHOLE:
         return finetuned

@@ -11,7 +11,6 @@ from workers.engine.job import Job
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_pass import BlockPass
 from workers.engine.quantize.outer_matrices import quantize_embeddings, quantized_head, substitutes
-from workers.engine.text.sequences import Sequences
 from workers.engine.tune.tuner import Tuner
 
 
@@ -46,8 +45,9 @@ def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
     finished.adopt(job.fingerprint())
     embeddings = quantize_embeddings(job)
     with model.loaded(*model.layout.outer):
-        calibration = _activations(job, observed, keep_inputs=spec.needs_original_inputs())
-        evaluation = _activations(job, texts.evaluation, reference=job.reference)
+        observed_ids = None if observed is None else observed.ids
+        calibration = _activations(job, observed_ids, keep_inputs=spec.needs_original_inputs())
+        evaluation = _activations(job, texts.evaluated, reference=job.reference)
     given = substitutes(model, finished)
     for activations in (calibration, evaluation):
         if activations is not None and given:
@@ -69,10 +69,9 @@ def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
 
 
 def _activations(
-    job: Job, sequences: Sequences | None, *, keep_inputs: bool = False, reference: bool = False
+    job: Job, ids: Tensor | None, *, keep_inputs: bool = False, reference: bool = False
 ) -> Activations | None:
     """Activations of this process's share of the sequences; the model's `outer` must be loaded."""
-    if sequences is None:
+    if ids is None:
         return None
-    ids = job.processes.share(sequences.ids)
-    return Activations(job.model, ids, job.plan, keep_inputs=keep_inputs, reference=reference)
+    return Activations(job.model, job.processes.share(ids), job.plan, keep_inputs=keep_inputs, reference=reference)

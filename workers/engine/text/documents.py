@@ -83,7 +83,7 @@ def read_jsonl(file: Path, name: str, notes: Notes | None = None) -> Iterator[Do
     return (document_of(record.row) for record in read_rows(file, name, notes))
 
 
-def read_rows(file: Path, name: str, notes: Notes | None = None) -> Iterator[Record]:
+def read_rows(file: Path, name: str, notes: Notes | None = None) -> Iterator[Record[Row]]:
     """The records of a JSONL file that hold text; the others are counted in `notes`. Raises as `read_jsonl`."""
     if not file.is_file():
         hint = "name a JSONL file that is there"

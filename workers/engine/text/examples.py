@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from app.domain.inputs.jsonl import Record
-from app.domain.inputs.rows import Conversation, PlainText
+from app.domain.inputs.rows import Conversation, PlainText, Row
 from app.domain.request.finetuning import Finetune
 from bitwright.errors import InvalidDataset
 from workers.engine.text.builtin import builtin_documents
@@ -126,7 +126,7 @@ class _Reader:
         self.template = ChatTemplate(tokenizer, NAME)
         self.turns = Turns(self.template)
 
-    def row(self, record: Record, validates: float) -> _Row:
+    def row(self, record: Record[Row], validates: float) -> _Row:
         """A record as text.
 
         Raises:
@@ -161,7 +161,7 @@ class _Reader:
 
 
 def _rows(reader: _Reader, path: Path | None, half: Half | None) -> Iterator[_Row]:
-    records: Iterable[Record]
+    records: Iterable[Record[Row]]
     if path is None:
         records = (Record(number, PlainText(text)) for number, text in enumerate(builtin_documents(), start=1))
         half = Half.CALIBRATION

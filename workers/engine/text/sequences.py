@@ -151,20 +151,17 @@ def _sequences(
 ) -> Sequences:
     start = start_tokens(tokenizer)
     length = config.sequence_length - len(start)
-    encode = _encoder(tokenizer, f"{name}.dataset", notes)
-    stream = _token_stream(documents, encode, enough=SURPLUS * config.num_samples * length)
+    encode = encoder(tokenizer, f"{name}.dataset", notes)
+    count = config.sequences
+    stream = token_stream(documents, encode, enough=SURPLUS * count * length)
     if stream and is_separators(tokenizer, stream):
         raise only_separators(f"{name}.dataset", len(stream))
-    offsets = list(range(0, len(stream) - length + 1, length))
-    short = len(offsets) < config.num_samples
-    if short and overlap and len(stream) > length:
-        offsets = _spread(len(stream) - length, config.num_samples)
-    if len(offsets) < config.num_samples:
-        raise _too_short(config, name, len(stream), len(offsets))
-    chosen = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(seed))[: config.num_samples]
-    rows = [start + stream[offsets[i] : offsets[i] + length] for i in chosen.tolist()]
+    rows = cut(stream, length, count, seed, overlap=overlap)
+    if len(rows) < count:
+        raise _too_short(config, name, len(stream), len(rows))
+    short = len(stream) // length < count
     return Sequences(
-        torch.tensor(rows, dtype=torch.int64),
+        torch.tensor([start + row for row in rows], dtype=torch.int64),
         source_label(config.dataset),
         overlapping=short,
         text_tokens=len(stream) if short else None,
@@ -172,14 +169,27 @@ def _sequences(
     )
 
 
+def cut(stream: list[int], length: int, count: int, seed: int, *, overlap: bool = False) -> list[list[int]]:
+    """Up to `count` pieces of `length` tokens, chosen by a seeded permutation.
+
+    overlap   lets pieces overlap where the text is too short
+    """
+    offsets = list(range(0, len(stream) - length + 1, length))
+    if len(offsets) < count and overlap and len(stream) > length:
+        offsets = _spread(len(stream) - length, count)
+    chosen = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(seed))[:count]
+    return [stream[offsets[i] : offsets[i] + length] for i in chosen.tolist()]
+
+
 def _spread(last: int, count: int) -> list[int]:
     """`count` offsets from 0 to `last`, evenly apart; all different where there is room."""
     return [round(i * last / max(1, count - 1)) for i in range(count)]
 
 
-def _token_stream(
+def token_stream(
     documents: Iterable[Document], encode: Callable[[list[Document]], list[list[int]]], enough: int
 ) -> list[int]:
+    """Tokens of documents one after the other, `enough` of them or all."""
     stream: list[int] = []
     rest, size = iter(documents), 1  # a few sequences need only a few documents
     while batch := list(islice(rest, size)):
@@ -191,9 +201,7 @@ def _token_stream(
     return stream
 
 
-def _encoder(
-    tokenizer: PreTrainedTokenizerBase, name: str, notes: Notes
-) -> Callable[[list[Document]], list[list[int]]]:
+def encoder(tokenizer: PreTrainedTokenizerBase, name: str, notes: Notes) -> Callable[[list[Document]], list[list[int]]]:
     """Documents as tokens, each with the end-of-sequence token at its end, once."""
     template = ChatTemplate(tokenizer, name)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -252,7 +260,7 @@ def writes_start(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _too_short(config: Calibration | Evaluation, name: str, tokens: int, sequences: int) -> InvalidDataset:
     return InvalidDataset(
         f"{name}.dataset has {tokens} tokens, {sequences} sequences of {config.sequence_length}; "
-        f"{config.num_samples} are asked for",
+        f"{config.sequences} are asked for",
         field=f"{name}.dataset",
         value=tokens,
         hint=f"give more text, or set {name}.num_samples to at most {sequences} or {name}.sequence_length lower",

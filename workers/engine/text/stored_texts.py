@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from app.domain.request.job_request import Calibration, Evaluation
-from workers.disk.input_orders import StoredFinetuning, StoredNotes, StoredSequences, TextsLine
+from workers.disk.input_orders import StoredFinetuning, StoredNotes, StoredProbe, StoredSequences, TextsLine
 from workers.engine.text.documents import Notes
 from workers.engine.text.examples import Examples
 from workers.engine.text.finetuning_texts import FinetuningTexts
+from workers.engine.text.mixture import Probe
 from workers.engine.text.packing import PackedSequences
 from workers.engine.text.sequences import Sequences
 
@@ -21,10 +22,14 @@ DTYPES = {"ids": torch.int32, "documents": torch.int32, "targets": torch.bool}
 
 
 def save_texts(
-    file: Path, calibration: Sequences | None, evaluation: Sequences | None, finetuning: FinetuningTexts | None
+    file: Path,
+    calibration: Sequences | None,
+    evaluation: Sequences | None,
+    finetuning: FinetuningTexts | None,
+    probes: tuple[Probe, ...] = (),
 ) -> TextsLine:
     """Write the tokens of texts to a file; the rest of them."""
-    tensors = dict[str, Tensor]()
+    tensors = {f"probe.{number}": probe.ids for number, probe in enumerate(probes)}
     for name, sequences in (("calibration", calibration), ("evaluation", evaluation)):
         if sequences is not None:
             tensors[name] = sequences.ids
@@ -37,6 +42,7 @@ def save_texts(
         calibration=None if calibration is None else _stored(calibration),
         evaluation=None if evaluation is None else _stored(evaluation),
         finetuning=None if finetuning is None else _stored_finetuning(finetuning),
+        probes=tuple(StoredProbe(name=p.name, share=p.share, sequences=p.sequences, whole=p.whole) for p in probes),
     )
 
 
@@ -78,10 +84,20 @@ class LoadedTexts:
         stored: StoredSequences | None = getattr(self._line, name)
         if stored is None:
             return None
-        ids, shape = self._tensors[name], (asked.num_samples, asked.sequence_length)
+        ids, shape = self._tensors[name], (asked.sequences, asked.sequence_length)
         if ids.dtype != torch.int64 or tuple(ids.shape) != shape or int(ids.min()) < 0:
             raise ValueError(f"{name} is {ids.dtype} {tuple(ids.shape)}, where {shape} tokens were asked for")
         return Sequences(ids, stored.source, stored.overlapping, _notes(stored.notes), stored.text_tokens)
+
+    def probes(self, length: int) -> tuple[Probe, ...]:
+        """Those that are measured beside the evaluation text, in sequences of `length` tokens."""
+        probes = []
+        for number, stored in enumerate(self._line.probes):
+            ids = self._tensors[f"probe.{number}"]
+            if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[1] != length or bool((ids < 0).any()):
+                raise ValueError(f"probe.{number} is {ids.dtype} {tuple(ids.shape)}, not sequences of {length}")
+            probes.append(Probe(stored.name, ids, False, stored.share, stored.sequences, stored.whole))
+        return tuple(probes)
 
     def finetuning(self, length: int) -> FinetuningTexts | None:
         """Those that are learned, in sequences of `length` tokens."""

@@ -101,6 +101,7 @@ class JobInput:
                 loaded.sequences("calibration", calibration),
                 None if evaluation is None else loaded.sequences("evaluation", evaluation),
                 None if finetune is None else loaded.finetuning(finetune.sequence_length),
+                () if evaluation is None else loaded.probes(evaluation.sequence_length),
             )
         except (ValueError, KeyError, OSError) as error:
             raise InternalError(f"what was read of the texts is none: {error}") from error
@@ -127,8 +128,7 @@ class JobInput:
 
     def _text_seconds(self) -> float:
         order = self.order
-        paths = (order.calibration_path, order.evaluation_path, order.finetuning_path)
-        size = sum(Path(path).stat().st_size for path in paths if path is not None and Path(path).is_file())
+        size = sum(file.stat().st_size for file in order.text_files if file.is_file())
         return order.input_seconds + size / BYTES_A_SECOND
 
     def _tell(self, part: Part, answer: InputAnswer) -> None:

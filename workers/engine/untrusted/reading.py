@@ -55,7 +55,7 @@ def try_texts(order: AttemptOrder, place: Path) -> TextsLine | None:
     writes_start(tokenizer)
     tokenizer(PROBE)
     texts = read_files(order, tokenizer)
-    return save_texts(place / TOKENS, texts.calibration, texts.evaluation, texts.finetuning)
+    return save_texts(place / TOKENS, texts.calibration, texts.evaluation, texts.finetuning, texts.probes)
 
 
 def tokenizer_folder(order: AttemptOrder, place: Path) -> Path:

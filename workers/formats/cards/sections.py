@@ -54,7 +54,35 @@ def quality(report: Report, contents: Contents, export_format: ExportFormat | No
             ]
         ),
         *([] if report.served is None else [f"The figures include {report.served}."]),
+        *_kinds(measured),
+        *_tasks(report),
     ]
+
+
+def _kinds(measured: Quality) -> list[str]:
+    """A table of distances on kinds of text; empty where none was measured."""
+    if not measured.kinds:
+        return []
+    lines = ["| text | KL divergence, nats per token | standard error |", "|---|---|---|"]
+    for kind in measured.kinds:
+        name = "calibration text" if kind.calibrates else f"held-out {code(kind.name)}"
+        error = kind.noise.kl_divergence
+        lines.append(f"| {name} | {kind.kl_divergence:.5f} | {'' if error is None else format(error, '.3g')} |")
+    return ["\n".join(lines)]
+
+
+def _tasks(report: Report) -> list[str]:
+    """A table of the tasks' figures; empty without a task."""
+    if not report.tasks:
+        return []
+    lines = ["| task | figure | original | this result | standard error | |", "|---|---|---|---|---|---|"]
+    for task in report.tasks:
+        for one in task.figures:
+            original = "" if one.original is None else f"{one.original:.4f}"
+            error = "" if one.stderr is None else f"{one.stderr:.3g}"
+            noise = "within noise" if one.is_noise else ""
+            lines.append(f"| {code(task.name)} | {one.name} | {original} | {one.value:.4f} | {error} | {noise} |")
+    return ["\n".join(lines)]
 
 
 def _table(measured: Quality, reference: Figures | None, name: str) -> Iterator[str]:
