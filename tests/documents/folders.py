@@ -9,6 +9,7 @@ FOLDERS = MappingProxyType(
     {
         "bitwright": "What users install: client, commands, and the types shared with the service",
         "bitwright/cli": "The user's commands",
+        "bitwright/measured": "Parts of a report on how near a result is: noise, kinds of text, tasks",
         "bitwright/asynchronous": "The client for event loops, and the source of the blocking one",
         "bitwright/blocking": "The client for blocking programs, made from the asynchronous one",
         "app": "The service without torch: API, store, the operator's commands",
@@ -49,6 +50,7 @@ FOLDERS = MappingProxyType(
         "workers/engine/model": "Checkpoint, meta model, streamed and fused blocks",
         "workers/engine/model/sources": "Quantized sources as ordinary tensors, made when they are read",
         "workers/engine/untrusted": "A job's configuration, tokenizer and texts, read in a limited child",
+        "workers/engine/tasks": "Rows with known answers, asked of the original and of what ships",
         "workers/engine/text": "Calibration, evaluation and training text",
         "workers/engine/device": "Device, ranks, CUDA graphs, copies behind the work",
         "workers/engine/quantize": "Block by block: activations, method, finished blocks",

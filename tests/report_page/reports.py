@@ -5,6 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from bitwright.frontier import FrontierPoint
+from bitwright.measured.kinds import KindQuality
+from bitwright.measured.noise import Noise
+from bitwright.measured.tasks import TaskFigure, TaskReport
 from bitwright.report import (
     AdapterReport,
     AllocatedLinear,
@@ -35,7 +38,50 @@ from tests.reports import report
 ROLES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "mlp.down_proj")
 TEXT = TextReport(source="org/rows", sha256="ab" * 32, num_samples=128, sequence_length=512, tokens=65536)
 FIGURES = Figures(perplexity=12.345678901, kl_divergence=0.1234567, top1_agreement=0.87654321)
-QUALITY = Quality(text=TEXT, perplexity_original=10.0123456, **FIGURES.model_dump())
+NOISE = Noise(
+    sequences=128, perplexity=0.2345678, perplexity_ratio=0.0123456, kl_divergence=0.0045678, top1_agreement=0.0034567
+)
+KIND = KindQuality(
+    **{"name": "tools of rows.jsonl", "calibrates": False, "share": 0.25, "sequences": 32, "tokens": 4096},
+    **{
+        "perplexity_original": 9.87654,
+        "perplexity": 11.2345678,
+        "kl_divergence": 0.2345671,
+        "top1_agreement": 0.7654321,
+    },
+    noise=NOISE,
+)
+QUALITY = Quality(
+    text=TEXT,
+    perplexity_original=10.0123456,
+    noise=NOISE,
+    draws=(0.1212121, 0.1252525),
+    kinds=(KIND, KIND.model_copy(update={"name": "calibration", "calibrates": True, "share": None})),
+    **FIGURES.model_dump(),
+)
+TASK = TaskReport(
+    **{
+        "name": "arc",
+        "kind": "multiple_choice",
+        "source": "org/arc",
+        "sha256": "cd" * 32,
+        "rows": 321,
+        "seconds": 12.5,
+    },
+    figures=(
+        TaskFigure(
+            name="acc",
+            higher_is_better=True,
+            original=0.54321,
+            original_stderr=0.027654,
+            value=0.53456,
+            stderr=0.02787,
+            difference_stderr=0.01234,
+            rows=321,
+        ),
+        TaskFigure(name="same_tokens", higher_is_better=True, original=None, value=17.125, stderr=1.0625, rows=321),
+    ),
+)
 FINETUNING: dict[str, Any] = {
     "text": TEXT,
     "learning_rate": 2e-4,
@@ -113,6 +159,7 @@ def full(blocks: int = 8) -> Report:
     return report(
         scheme="2 bits, groups of 64, symmetric",
         quality=QUALITY,
+        tasks=(TASK,),
         calibration=TEXT,
         served="inputs of linears as a server rounds them",
         shipped=(

@@ -31,6 +31,7 @@ from workers.engine.quantize.outer_matrices import plain_head
 from workers.engine.quantize.stage import Quantized
 from workers.engine.shipped import Replay, evaluated_key, shipments_of
 from workers.engine.shipped_quality import Evaluated, QualityMeter, differences, evaluate
+from workers.engine.tasks import stage as tasks
 from workers.engine.text.mixture import Probe
 from workers.engine.text.sequences import Sequences
 
@@ -81,6 +82,8 @@ def run(job: Job, quantized: Quantized, finetuned: Finetuned | None) -> Evaluate
         job.reporter.warning(code, message)
     for code, message in kind_warnings(evaluated.quality):
         job.reporter.warning(code, message)
+    trained = None if finetuned is None else finetuned.trained
+    evaluated = replace(evaluated, tasks=tasks.run(job, shipments_of(job)[0], trained, activations.served))
     if beside is None:
         return evaluated
     found = beside.found[0] if beside.found else quality(beside.states, beside.head, lambda _: None)

@@ -1,6 +1,6 @@
 """All texts of a job, read before anything is computed: calibration, evaluation and the adapter's training text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,17 +11,21 @@ from transformers import PreTrainedTokenizerBase
 from app.domain.advice import starved_calibration
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import GeneratedText
-from bitwright.errors import InvalidDataset
+from bitwright.errors import InternalError, InvalidDataset
 from workers.disk.orders import AttemptOrder
-from workers.engine.memory import ActivationSize
+from workers.disk.task_rows import AskedTask
+from workers.engine.memory import ActivationSize, device_memory
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.reporter import Reporter
+from workers.engine.tasks.reading import check_rows, read_task
 from workers.engine.text.documents import Notes
 from workers.engine.text.finetuning_texts import FinetuningTexts, read_finetuning_texts
 from workers.engine.text.generated import Generation, generated_sequences
 from workers.engine.text.mixture import Probe, mixed_sequences, starved_parts
 from workers.engine.text.sequences import Sequences, calibration_sequences, evaluation_sequences
 
+WHOLE_SHARE = 0.75
+"""Of a device's memory that the weights of a model may take which is asked tasks."""
 CALIBRATION_PROBES, PROBED = 4, 8
 """Sequences of the calibration text that are measured at the most, and sequences of the evaluation for each of them."""
 
@@ -33,6 +37,7 @@ class Texts:
     calibration: Sequences | None
     evaluation: Sequences | None
     finetuning: FinetuningTexts | None = None
+    tasks: tuple[AskedTask, ...] = ()
     probes: tuple[Probe, ...] = ()
     """Sequences that are measured beside those of the evaluation, of the same length."""
 
@@ -94,12 +99,28 @@ def read_texts(
                 reporter.warning(
                     "overlapping_windows", f"{name}: the builtin text is short for this many tokens; sequences overlap"
                 )
+    _check_tasks(model, request, texts.tasks)
     for probe in texts.probes:
         if len(probe.ids):
             _check_vocabulary(model, probe.ids)
     for starved in starved_parts(texts.probes, request.calibration.num_samples):
         reporter.warning("starved_kind", starved)
     return replace(texts, probes=(*_of_calibration(request, texts), *texts.probes))
+
+
+def _check_tasks(model: StreamedModel, request: JobRequest, asked: Sequence[AskedTask]) -> None:
+    """Refuses tasks that the model cannot be asked: rows that are too long, and a model that does not fit whole."""
+    tasks = () if request.evaluation is None else request.evaluation.tasks
+    size, there = model.checkpoint.size, device_memory(model.device)
+    if tasks and size > WHOLE_SHARE * there:
+        raise InvalidDataset(
+            f"a task asks the whole model: it takes {size >> 20} MiB, the device has {there >> 20} MiB",
+            field="evaluation.tasks",
+            value=size,
+            hint="leave tasks out, or run the job on a device with more memory",
+        )
+    for number, (task, rows) in enumerate(zip(tasks, asked, strict=True)):
+        check_rows(rows, number, (model.positions, model.known_tokens), task.max_new_tokens)
 
 
 def _of_calibration(request: JobRequest, texts: Texts) -> tuple[Probe, ...]:
@@ -146,7 +167,17 @@ def read_files(order: AttemptOrder, tokenizer: PreTrainedTokenizerBase) -> Texts
         evaluation = evaluation_sequences(
             tokenizer, request.evaluation, evaluation_file, request.seed, calibration_file, finetuning_file, *used
         )
-    return Texts(calibration, evaluation, finetuning, probes)
+    return Texts(calibration, evaluation, finetuning, _tasks(order, tokenizer), probes)
+
+
+def _tasks(order: AttemptOrder, tokenizer: PreTrainedTokenizerBase) -> tuple[AskedTask, ...]:
+    tasks, asked = () if order.request.evaluation is None else order.request.evaluation.tasks, []
+    for number, task in enumerate(tasks):
+        field = f"evaluation.tasks.{number}.dataset"
+        if field not in order.other_texts:
+            raise InternalError(f"the order has no file of {field}", field=field)
+        asked.append(read_task(tokenizer, task, Path(order.other_texts[field]), number))
+    return tuple(asked)
 
 
 def _mixture_files(order: AttemptOrder) -> dict[int, Path]:
@@ -165,7 +196,7 @@ def _warn(reporter: Reporter, name: str, notes: Notes) -> None:
 
 
 def _check_length(model: StreamedModel, name: str, length: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = model.positions
     if positions is not None and length > positions:
         raise InvalidDataset(
             f"{name}.sequence_length is {length}; the model has {positions} positions",

@@ -66,6 +66,7 @@ def report_of(job: Job, results: Results, size: SizeReport) -> Report:
         quality=None if results.evaluated is None else results.evaluated.quality,
         served=None if results.evaluated is None else served_words(job),
         shipped=() if results.evaluated is None else results.evaluated.shipped,
+        tasks=() if results.evaluated is None else results.evaluated.tasks,
         round_to_nearest=None if results.evaluated is None else results.evaluated.reference,
         embeddings=results.embeddings,
         head=results.head,

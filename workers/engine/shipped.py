@@ -210,11 +210,7 @@ class Replay:
 
     def run(self, activations: Activations, shipment: Shipment) -> None:
         """X_q of the activations, rewound to the embeddings, through all blocks."""
-        embeddings = {
-            f"{name}.weight": self._shipped_base(name, base, shipment).to(self.model.device).dequantize()
-            for name, base in self.finished.load_embeddings().items()
-        }
-        activations.rewind(self.model, embeddings)
+        activations.rewind(self.model, self._embeddings(shipment))
 
         def shipped_base(name: str, base: LinearResult) -> LinearResult:
             return self._shipped_base(name, base, shipment)
@@ -223,6 +219,32 @@ class Replay:
             for index, block in enumerate(blocks):
                 with self.model.filled(block.original), self._beside(index):
                     activations.advance_quantized(index, self.model.blocks[index])
+
+    @contextmanager
+    def whole(self, shipment: Shipment) -> Iterator[None]:
+        """The model with all weights of a shipment at once, and linears that add what stands beside them."""
+        layout, head, weights = self.model.layout, self.head(shipment), dict[str, Tensor]()
+        given = self._embeddings(shipment) | ({} if head is None else {f"{layout.head}.weight": head})
+
+        def shipped_base(name: str, base: LinearResult) -> LinearResult:
+            return self._shipped_base(name, base, shipment)
+
+        with ExitStack() as stack:
+            with closing(BlockReader(self.model, self.finished).quantized_blocks(shipped_base)) as blocks:
+                for index, block in enumerate(blocks):
+                    weights |= block.original
+                    stack.enter_context(self._beside(index))
+            for name in dict.fromkeys((*layout.outer, *self.model.after_blocks)):
+                weights |= self.model.read(name, given)
+            stack.enter_context(self.model.filled(weights))
+            yield
+
+    def _embeddings(self, shipment: Shipment) -> dict[str, Tensor]:
+        """The dequantized matrix of embeddings, by parameter, where that is quantized."""
+        return {
+            f"{name}.weight": self._shipped_base(name, base, shipment).to(self.model.device).dequantize()
+            for name, base in self.finished.load_embeddings().items()
+        }
 
     def head(self, shipment: Shipment) -> Tensor | None:
         """The dequantized weight of the head, where that is quantized; of a tied one that of the embeddings."""

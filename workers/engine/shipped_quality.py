@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bitwright.errors import NumericalFailure
+from bitwright.measured.tasks import TaskReport
 from bitwright.report import Figures, FinetuningReport, Quality, ShippedFigures
 from workers.engine.quantize.activations import Activations
 from workers.engine.shipped import Key, Numbers, Replay, Shipment
@@ -24,6 +25,7 @@ class Evaluated:
     shipped: tuple[ShippedFigures, ...]
     before_merge: Figures | None = None
     reference: Figures | None = None
+    tasks: tuple[TaskReport, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from collections.abc import Collection
 
+from app.domain.request.evaluation_tasks import TaskRequirement
 from app.domain.request.job_request import Requirements
 from bitwright.errors import RequirementMissed
+from bitwright.measured.noise import STANDARD_ERRORS
+from bitwright.measured.tasks import TaskFigure
 from bitwright.report import GoalReport, Quality, Report, ShippedFigures
 
 
@@ -18,8 +21,8 @@ def missed_requirement(
         return _missed_goal(report.goal)
     if require is None or not require.model_dump(exclude_none=True):
         return None
-    unloaded = _unloaded(require, report)
-    if unloaded is not None or not require.model_dump(exclude_none=True, exclude={"loads"}):
+    unloaded = _unloaded(require, report) or _missed_task(require, report)
+    if unloaded is not None or not require.model_dump(exclude_none=True, exclude={"loads", "tasks"}):
         return unloaded
     if report.quality is None:
         detail = "the request has requirements, but the job evaluated nothing to hold them against"
@@ -59,6 +62,43 @@ def _unloaded(require: Requirements, report: Report) -> RequirementMissed | None
     return None
 
 
+def _missed_task(require: Requirements, report: Report) -> RequirementMissed | None:
+    """The error for the first figure of a task that is not as required."""
+    reports = {task.name: task for task in report.tasks}
+    for index, limit in enumerate(require.tasks or ()):
+        task = reports.get(limit.task)
+        figure = None if task is None else task.figure(limit.metric)
+        found = _task_misses(limit, figure)
+        if found is not None:
+            field, words = found
+            return RequirementMissed(
+                f"{limit.metric} of {limit.task} {words}",
+                field=f"require.tasks.{index}.{field}".rstrip("."),
+                value=None if figure is None else figure.value,
+                hint="the artifacts are stored; use more bits, a smaller group_size or a method that tunes",
+            )
+    return None
+
+
+def _task_misses(limit: TaskRequirement, figure: TaskFigure | None) -> tuple[str, str] | None:
+    """Field and words of the limit that a figure misses; None if it keeps all. A NaN keeps none."""
+    if figure is None:
+        return "metric", "was not measured: no row of the task tells it"
+    value, worse = figure.value, figure.worse_by
+    if limit.at_least is not None and not value >= limit.at_least:
+        return "at_least", f"must be at least {limit.at_least:g}, the result has {value:.6g}"
+    if limit.at_most is not None and not value <= limit.at_most:
+        return "at_most", f"must be at most {limit.at_most:g}, the result has {value:.6g}"
+    if limit.worse_by_at_most is None or worse is None:
+        return None
+    most = limit.worse_by_at_most
+    allowed = STANDARD_ERRORS * (figure.difference_stderr or 0.0) if isinstance(most, str) else most
+    if worse <= allowed:
+        return None
+    said = f"two standard errors ({allowed:.4g})" if isinstance(most, str) else f"{allowed:g}"
+    return "worse_by_at_most", f"may be worse by {said}; it is {value:.6g}, and was {figure.original:.6g}"
+
+
 def _missed_goal(goal: GoalReport) -> RequirementMissed:
     """The error for a goal that what was made does not keep."""
     if goal.goal == "kl":
@@ -96,6 +136,11 @@ def _misses(require: Requirements, quality: Quality) -> list[tuple[str, str]]:
     measured: list[tuple[str, float | None, float, bool]] = [
         ("max_perplexity_ratio", require.max_perplexity_ratio, ratio, True),
         ("max_kl_divergence", require.max_kl_divergence, quality.kl_divergence, True),
+        *[
+            ("max_kl_of_kinds", require.max_kl_of_kinds, kind.kl_divergence, True)
+            for kind in quality.kinds
+            if not kind.calibrates
+        ],
         ("min_top1_agreement", require.min_top1_agreement, quality.top1_agreement, False),
     ]
     # A NaN keeps no requirement: it compares false with everything.

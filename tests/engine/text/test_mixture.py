@@ -19,7 +19,27 @@ from workers.engine.text.documents import hash_of
 from workers.engine.text.mixture import HELD_OUT_BELOW, HELD_OUT_BYTE
 from workers.engine.text.sequences import load_tokenizer
 
-WORDS = ["the", "bell", "of", "old", "iron", "rings", "over", "water", "while", "seven", "grey", "birds", "count", "what", "is", "left", "of", "a", "winter"]
+WORDS = [
+    "the",
+    "bell",
+    "of",
+    "old",
+    "iron",
+    "rings",
+    "over",
+    "water",
+    "while",
+    "seven",
+    "grey",
+    "birds",
+    "count",
+    "what",
+    "is",
+    "left",
+    "of",
+    "a",
+    "winter",
+]
 
 
 def number_rows(count: int) -> list[dict[str, str]]:
@@ -32,7 +52,9 @@ def talks(count: int, tools: bool = False) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for i in range(count):
         asked = " ".join(WORDS[(i + k * k) % len(WORDS)] for k in range(40))
-        row: dict[str, Any] = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": asked}]}
+        row: dict[str, Any] = {
+            "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": asked}]
+        }
         rows.append(row | ({"tools": [{"type": "function", "function": {"name": f"f{i}"}}]} if tools else {}))
     return rows
 

@@ -59,6 +59,7 @@ class StreamedModel:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        fused: bool = True,
     ) -> None:
         more = int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0)
         self.model = model
@@ -72,24 +73,28 @@ class StreamedModel:
         self._fill_persistent_buffers()
         self.walk = walk_of(model, self.layout, device)
         self._linears = self._of_blocks()
-        fuse_blocks(self.blocks, dtype, device)
-        self._fuse_parts()
+        if fused:
+            fuse_blocks(self.blocks, dtype, device)
+            self._fuse_parts()
 
     @classmethod
-    def open(cls, checkpoint: Checkpoint, device: torch.device) -> "StreamedModel":
-        """Builds the modules without weights and checks every name and shape of the checkpoint against them."""
+    def open(cls, checkpoint: Checkpoint, device: torch.device, *, fused: bool = True) -> "StreamedModel":
+        """Builds the modules without weights and checks every name and shape of the checkpoint against them.
+
+        fused   False: all modules are transformers' own, which compute with a cache as well
+        """
         find_architecture(checkpoint.config)
-        return cls.unproved(checkpoint, device)
+        return cls.unproved(checkpoint, device, fused=fused)
 
     @classmethod
-    def unproved(cls, checkpoint: Checkpoint, device: torch.device) -> "StreamedModel":
+    def unproved(cls, checkpoint: Checkpoint, device: torch.device, *, fused: bool = True) -> "StreamedModel":
         """The same of any type, accepted or not."""
         check_numbers(checkpoint.config)
         config = configuration(checkpoint)
         dtype = model_dtype(config, checkpoint)
         model = empty_model(config, dtype, device)
         names = Names.of(model, checkpoint, layout_of(model).blocks)
-        return cls(model, names, dtype=dtype, device=device)
+        return cls(model, names, dtype=dtype, device=device, fused=fused)
 
     def _fuse_parts(self) -> None:
         """Puts fused parts into blocks that no hand-fused one stands for, where there are parts for the device."""
@@ -131,6 +136,12 @@ class StreamedModel:
     def known_tokens(self) -> int:
         """Number of token ids."""
         return int(self.model.get_submodule(self.layout.embeddings).weight.shape[0])
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest sequence, where the configuration names that."""
+        named = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return named if isinstance(named, int) else None
 
     @property
     def embedding_width(self) -> int:

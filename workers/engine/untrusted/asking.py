@@ -19,10 +19,11 @@ from bitwright.errors import InternalError, OverLimit
 from workers.disk.durable import replace_file
 from workers.disk.input_orders import InputAnswer, InputOrder
 from workers.disk.orders import AttemptOrder, WarmChild
+from workers.disk.task_rows import AskedTask, AskedTasks
 from workers.engine.device.process_group import PATIENCE
 from workers.engine.job_texts import Texts
 from workers.engine.text.stored_texts import LoadedTexts
-from workers.engine.untrusted.reading import SOURCE, TOKENS
+from workers.engine.untrusted.reading import SOURCE, TASKS, TOKENS
 
 LOOK_AGAIN_SECONDS = 0.05
 MARGIN_SECONDS = 10.0
@@ -101,10 +102,18 @@ class JobInput:
                 loaded.sequences("calibration", calibration),
                 None if evaluation is None else loaded.sequences("evaluation", evaluation),
                 None if finetune is None else loaded.finetuning(finetune.sequence_length),
+                () if evaluation is None else self._tasks(len(evaluation.tasks)),
                 () if evaluation is None else loaded.probes(evaluation.sequence_length),
             )
         except (ValueError, KeyError, OSError) as error:
             raise InternalError(f"what was read of the texts is none: {error}") from error
+
+    def _tasks(self, count: int) -> tuple[AskedTask, ...]:
+        """The rows of the tasks, checked: whoever wrote them may have been made to write anything."""
+        tasks = AskedTasks.model_validate_json((self.place / TASKS).read_bytes()).tasks
+        if len(tasks) != count:
+            raise ValueError(f"{len(tasks)} tasks were read of {count}")
+        return tasks
 
     def _answer(self, part: Part, seconds: float) -> InputAnswer:
         """The child's next answer, or what the first rank was told."""

@@ -14,15 +14,17 @@ from app.domain.formats import ExportFormat
 from app.domain.inputs.architectures import is_accepted
 from app.domain.workload import readers_of
 from bitwright.errors import BitwrightError
+from workers.disk.durable import replace_file
 from workers.disk.input_orders import InputAnswer, InputOrder, TextsLine
 from workers.disk.orders import AttemptOrder
+from workers.disk.task_rows import AskedTasks
 from workers.engine.job_texts import read_files
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.meta_model import configuration, empty_model, model_dtype
 from workers.engine.text.sequences import PROBE, has_tokenizer, load_tokenizer, writes_start
 from workers.engine.text.stored_texts import save_texts
 
-SOURCE, TOKENS = "source", "texts.safetensors"
+SOURCE, TOKENS, TASKS = "source", "texts.safetensors", "tasks.json"
 """In the order's place: the folder of a quantized source as it is presented, and what was read."""
 
 
@@ -55,6 +57,7 @@ def try_texts(order: AttemptOrder, place: Path) -> TextsLine | None:
     writes_start(tokenizer)
     tokenizer(PROBE)
     texts = read_files(order, tokenizer)
+    replace_file(place / TASKS, AskedTasks(tasks=texts.tasks).model_dump_json().encode())
     return save_texts(place / TOKENS, texts.calibration, texts.evaluation, texts.finetuning, texts.probes)
 
 
