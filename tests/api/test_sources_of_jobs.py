@@ -7,7 +7,7 @@ import pytest
 
 from tests.api.checkpoints import write_checkpoint
 from tests.api.conftest import Api, problem
-from tests.domain.request.request_fields import body_with, source_fields
+from tests.domain.request.request_fields import body_with, place_of, source_fields
 
 FIELDS = source_fields()
 TEXT = b'{"text": "one"}\n'
@@ -55,7 +55,7 @@ def test_a_source_that_cannot_be_read_is_refused_in_any_field(
     api: Api, field: str, source: str, code: str, part: str
 ) -> None:
     refused = problem(api.client.post("/v1/jobs", json=body_with(field, source)), 422, code)
-    assert refused["field"] == f"{field}.{part}"
+    assert refused["field"] == f"{place_of(field)}.{part}"
 
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if field != "model"])
@@ -67,6 +67,6 @@ def test_a_local_text_is_kept_by_its_real_path_in_any_field(api: Api, field: str
     answer = api.client.post("/v1/jobs", json=body_with(field, str(link)))
     assert answer.status_code == 202, answer.text
     part = answer.json()["request"]
-    for name in field.split("."):
-        part = part[name]
+    for name in place_of(field).split("."):
+        part = part[int(name) if name.isdigit() else name]
     assert part["path"] == str(real)

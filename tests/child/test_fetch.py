@@ -141,7 +141,7 @@ def test_the_files_that_are_taken_of_a_repository() -> None:
         *("*.tokenizer", "vocab.bpe", "bpe.codes"),
         *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),
     }
-    assert TEXT_COLUMNS == ("text", "prompt", "completion", "messages")
+    assert TEXT_COLUMNS == ("text", "prompt", "completion", "messages", "conversations")
 
 
 @pytest.mark.slow

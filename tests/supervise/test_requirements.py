@@ -1,11 +1,13 @@
 """Requirements of a request, checked against the report."""
 
 import math
+from typing import Any
 
 import pytest
 
 from app.domain.request.job_request import Requirements
 from app.domain.runtimes import Runtime
+from bitwright.measured.tasks import TaskFigure, TaskReport
 from bitwright.report import LoadReport, Report
 from tests.reports import QUALITY, report
 from workers.supervise.requirements import missed_requirement
@@ -74,3 +76,38 @@ def test_a_required_runtime_needs_no_evaluation_and_figures_count_besides() -> N
     error = missed_requirement(both, reported().model_copy(update={"loads": (load(),)}))
     assert error is not None
     assert error.field == "require.max_kl_divergence"
+
+
+FIGURE = TaskFigure(
+    name="acc", higher_is_better=True, original=0.6, value=0.5, stderr=0.04, difference_stderr=0.03, rows=150
+)
+TASK = TaskReport(
+    **{"name": "arc", "kind": "multiple_choice", "source": "org/arc", "sha256": "0", "rows": 150, "seconds": 1.0},
+    figures=(FIGURE,),
+)
+
+
+@pytest.mark.parametrize(
+    ("limit", "missed"),
+    [
+        ({"at_least": 0.5}, None),
+        ({"at_least": 0.51}, "at_least"),
+        ({"at_most": 0.49}, "at_most"),
+        ({"worse_by_at_most": 0.11}, None),
+        ({"worse_by_at_most": 0.09}, "worse_by_at_most"),
+        ({"worse_by_at_most": "noise"}, "worse_by_at_most"),
+    ],
+)
+def test_limits_on_a_task(limit: dict[str, Any], missed: str | None) -> None:
+    require = Requirements.model_validate({"tasks": [{"task": "arc", "metric": "acc", **limit}]})
+    error = missed_requirement(require, report(tasks=(TASK,)))
+    assert (None if error is None else error.field) == (None if missed is None else f"require.tasks.0.{missed}")
+
+
+def test_a_difference_within_noise_is_no_miss_and_a_figure_that_is_not_there_is_one() -> None:
+    require = Requirements.model_validate({"tasks": [{"task": "arc", "metric": "acc", "worse_by_at_most": "noise"}]})
+    noisy = TASK.model_copy(update={"figures": (FIGURE.model_copy(update={"difference_stderr": 0.06}),)})
+    assert missed_requirement(require, report(tasks=(noisy,))) is None
+    error = missed_requirement(require, report())
+    assert error is not None
+    assert error.field == "require.tasks.0.metric"

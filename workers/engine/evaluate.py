@@ -53,11 +53,11 @@ def run(job: Job, quantized: Quantized, finetuned: Finetuned | None) -> Evaluate
         return None
 
     seeds = 1 if job.request.evaluation is None else job.request.evaluation.seeds
-    of_text = {"processes": job.processes, "probes": job.texts.probes, "seeds": seeds}
+    of_text: dict[str, Any] = {"processes": job.processes, "probes": job.texts.probes, "seeds": seeds}
 
     def quality(states: Tensor, head: Tensor | None, tick: Callable[[float], None], **more: Any) -> Quality:
-        texts = (job.model, activations.original, states, sequences)
-        return measure(*texts, quantized_head=head, tick=tick, **of_text, **more)
+        given = {"quantized_head": head, "tick": tick, **of_text, **more}
+        return measure(job.model, activations.original, states, sequences, **given)
 
     beside = _round_to_nearest(job, activations, quantized.head)
 

@@ -29,13 +29,13 @@ class MixedPart(BaseModel):
     @property
     def label(self) -> str:
         """What a report calls it."""
-        source = self.dataset
-        named = {
-            HubDataset: lambda: source.id,  # type: ignore[union-attr]
-            UploadedText: lambda: source.id,  # type: ignore[union-attr]
-            LocalText: lambda: source.path.rpartition("/")[2],  # type: ignore[union-attr]
-            BuiltinText: lambda: "builtin",
-        }[type(source)]()
+        match self.dataset:
+            case HubDataset(id=named) | UploadedText(id=named):
+                pass
+            case LocalText(path=path):
+                named = path.rpartition("/")[2]
+            case BuiltinText():
+                named = "builtin"
         return named if self.kind is None else f"{self.kind.value} of {named}"
 
 

@@ -11,12 +11,13 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-COMMON = {"dataset_path": "json", "test_split": "test", "num_fewshot": 0}
-TASKS = {
+COMMON: dict[str, Any] = {"dataset_path": "json", "test_split": "test", "num_fewshot": 0}
+TASKS: dict[str, dict[str, Any]] = {
     "choices": {
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",

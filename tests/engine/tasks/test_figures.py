@@ -30,7 +30,10 @@ def test_a_ratio_has_the_standard_error_that_a_bootstrap_finds(make: object) -> 
     made = figure("x", False, one, two)
     assert made.original_stderr == pytest.approx(np.std(alone), rel=0.12)
     assert made.difference_stderr == pytest.approx(np.std(apart), rel=0.12)
-    assert made.difference_stderr < 0.5 * made.original_stderr  # the same rows: most of the noise is of both
+    apart_from, alone_from = made.difference_stderr, made.original_stderr
+    assert apart_from is not None
+    assert alone_from is not None
+    assert apart_from < 0.5 * alone_from  # the same rows: most of the noise is of both
     assert not made.is_noise
 
 

@@ -85,7 +85,12 @@ def test_each_row_is_what_lm_eval_makes_of_it(name: str, asked: Asked) -> None:
 def test_what_a_job_reports_lm_eval_measures_of_its_checkpoint(tmp_path: Path) -> None:
     others = {f"evaluation.tasks.{n}.dataset": str(GOLDEN / f"{name}.jsonl") for n, name in enumerate(KINDS)}
     evaluation = {"num_samples": 4, "sequence_length": 48, "tasks": [task_of(name) for name in KINDS]}
-    run = {"formats": ["merged"], "evaluation": evaluation, "verify": "off", "order": {"other_texts": others}}
+    run: dict[str, Any] = {
+        "formats": ["merged"],
+        "evaluation": evaluation,
+        "verify": "off",
+        "order": {"other_texts": others},
+    }
     done = run_job(GOLDEN, tmp_path / "job", bits=3, **run)
     script = Path(__file__).with_name("lm_eval_numbers.py")
     for model, field in ((GOLDEN, "original"), (tmp_path / "job" / done.checkpoints["merged"], "value")):

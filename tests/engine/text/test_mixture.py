@@ -133,7 +133,7 @@ def test_held_out_rows_never_calibrate(small_model: Path, write_lines: Callable[
 def test_rows_of_one_kind_alone(small_model: Path, write_lines: Callable[..., Path]) -> None:
     """The template of the tiny model writes no tools, so that reading those rows would be an error."""
     file = write_lines("rows.jsonl", [*talks(60), *number_rows(60), *talks(3, tools=True)])
-    parts = [{"share": 0.25, "kind": "text"}, {"share": 0.75, "kind": "messages"}]
+    parts: list[dict[str, Any]] = [{"share": 0.25, "kind": "text"}, {"share": 0.75, "kind": "messages"}]
     texts = read_files(order_of(small_model, [file, file], parts), load_tokenizer(small_model))
     assert texts.calibration is not None
     decoded = [load_tokenizer(small_model).decode(row) for row in texts.calibration.ids]
@@ -143,7 +143,7 @@ def test_rows_of_one_kind_alone(small_model: Path, write_lines: Callable[..., Pa
 
 def test_a_kind_without_a_row_is_refused_by_its_part(small_model: Path, write_lines: Callable[..., Path]) -> None:
     file = write_lines("rows.jsonl", number_rows(60))
-    parts = [{"share": 0.5}, {"share": 0.5, "kind": "tools"}]
+    parts: list[dict[str, Any]] = [{"share": 0.5}, {"share": 0.5, "kind": "tools"}]
     with pytest.raises(InvalidDataset, match="no row of kind tools") as refused:
         read_files(order_of(small_model, [file, file], parts), load_tokenizer(small_model))
     assert refused.value.field == "calibration.mixture.1"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import StoppingCriteriaList
 
 from workers.disk.task_rows import AskedRow, AskedTask
@@ -34,7 +34,7 @@ class Asked:
     device: torch.device
     positions: int | None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def log_likelihood(self, context: Sequence[int], tokens: Sequence[int]) -> float:
         """Of tokens after a context.
 
@@ -55,7 +55,7 @@ class Asked:
         length = self.positions or USUAL_POSITIONS
         return sum(self.log_likelihood(*window) for window in windows(row.text, first, length))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def greedy(self, row: AskedRow, task: AskedTask, most: int) -> tuple[int, ...]:
         """Tokens that the model writes after a prompt, each the most likely one; with the one that ends them."""
         ids = torch.tensor([row.prompt], device=self.device)
@@ -84,13 +84,13 @@ class Asked:
         return text
 
 
-class _Stop(StoppingCriteria):
+class _Stop:
     """Ends a text as soon as a stop is in it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], start: int) -> None:
         self._tokenizer, self._stops, self._start = tokenizer, stops, start
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # type: ignore[override]  # noqa: ARG002
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ARG002
         tail = self._tokenizer.decode(input_ids[0, self._start :][-TAIL:].tolist())
         done = any(stop in str(tail) for stop in self._stops)
         return torch.full((len(input_ids),), done, device=input_ids.device, dtype=torch.bool)
