@@ -27,7 +27,7 @@ class TaskFigure(ReportPart):
 
     @property
     def worse_by(self) -> float | None:
-        """How much worse than the original's; negative where it is better."""
+        """Difference from the original's, positive where it is worse."""
         if self.original is None:
             return None
         return self.original - self.value if self.higher_is_better else self.value - self.original

@@ -19,7 +19,7 @@ WANTED = 'give a JSON object a line, with "text", with "prompt" and "completion"
 
 
 class HasText(Protocol):
-    """What a row of any kind says of itself."""
+    """A row of any kind, as far as a reader of files knows it."""
 
     @property
     def is_blank(self) -> bool: ...

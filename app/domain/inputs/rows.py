@@ -95,7 +95,7 @@ Row = PlainText | TextPair | Conversation
 
 
 class RowKind(StrEnum):
-    """What a row is, as mixtures tell rows apart."""
+    """Kind of a row, as mixtures tell rows apart."""
 
     TEXT = "text"
     COMPLETION = "completion"

@@ -17,7 +17,7 @@ TOKENS_PER_ROW = 1024
 
 
 class TaskKind(StrEnum):
-    """What the model is asked with a row."""
+    """Question that a row asks a model."""
 
     MULTIPLE_CHOICE = "multiple_choice"
     EXACT_MATCH = "exact_match"

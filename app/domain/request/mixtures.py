@@ -28,7 +28,7 @@ class MixedPart(BaseModel):
 
     @property
     def label(self) -> str:
-        """What a report calls it."""
+        """Its name in a report."""
         match self.dataset:
             case HubDataset(id=named) | UploadedText(id=named):
                 pass
@@ -54,7 +54,7 @@ def demand_whole(parts: Sequence[MixedPart]) -> None:
 
 
 def sequences_of(parts: Sequence[MixedPart], count: int) -> list[int]:
-    """How many of `count` sequences each part gives: by largest remainders, one at least where there is room."""
+    """Numbers of sequences that parts give of `count`: by largest remainders, one at least where there is room."""
     exact = [part.share * count for part in parts]
     given = [int(each) for each in exact]
     by_remainder = sorted(range(len(parts)), key=lambda i: (given[i] - exact[i], i))

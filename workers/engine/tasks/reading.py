@@ -157,7 +157,7 @@ class _Reader:
         )
 
     def _after_turn(self, asked: Conversation, text: str) -> str:
-        """What the template writes after an assistant's words; "" where it does not go on as it asks."""
+        """Text that the template writes after an assistant's words; "" where it does not go on as it asks."""
         said = Message("assistant", {"role": "assistant", "content": PROBE})
         answered = replace(asked, messages=(*asked.messages, said))
         form = self.template.write(answered).shape.form

@@ -21,7 +21,7 @@ GREEDY = "same_tokens"
 
 @dataclass(frozen=True)
 class Scored:
-    """What a row came to: scores by name, None where the row says nothing of it; and the greedy text, if any."""
+    """Outcome of a row: scores by name, None where the row says nothing of it; and the greedy text, if any."""
 
     scores: dict[str, float | None]
     written: tuple[int, ...] = ()
