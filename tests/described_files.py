@@ -24,6 +24,7 @@ FILES = MappingProxyType(
         "docs/changelog.md": "CHANGELOG.md as a page of the site",
         "docs/guides/quantize.md": "Method, scheme, format and calibration text",
         "docs/guides/goals.md": "A distance, a size or a machine in place of bits",
+        "docs/guides/evaluate.md": "Tasks with known answers, noise, mixtures of calibration text",
         "docs/guides/finetune.md": "Adapters, merges, training that starts from a base job",
         "docs/guides/load.md": "transformers, peft, vLLM, llama.cpp",
         "docs/guides/verify.md": "Runtimes that try the result before and after it is made",

@@ -124,6 +124,7 @@ FOLDERS = MappingProxyType(
         "tests/engine/goal": "Goals through the engine: the frontier, the search, jobs that keep them",
         "tests/engine/ships": "Files of whole jobs, loaded by the runtimes that they are for",
         "tests/engine/ships/gguf": "Every architecture and tokenizer of GGUF files, in a real llama.cpp",
+        "tests/engine/tasks": "Tasks beside lm-eval, and in whole jobs",
         "tests/engine/text": "Calibration sequences and training examples",
         "tests/engine/tune": "The tuning loop",
         "tests/engine/weights_only": "Jobs without a model: numbers, bytes that stay, resume, memory",
