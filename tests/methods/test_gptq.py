@@ -1,6 +1,7 @@
 """GPTQ against its parent: column by column with explicit inverses, no factorization and no lazy batches."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from workers.contracts.blocks import BlockTask, WarmUp
 from workers.methods.gptq import GPTQ, Elimination, quantize_weight
 from workers.methods.rtn import RTN
 from workers.methods.rtn import quantize_weight as round_to_nearest
-from workers.numerics.hessian import inverse_factor
+from workers.numerics.hessian import inverse_factors
 
 COLUMNS = 144
 SCHEMES = [
@@ -156,14 +157,14 @@ def test_one_pass_of_all_sequences_gives_what_parts_of_passes_give(
     expected = GPTQ().quantize_block(task, GPTQSpec()).linears
     raised: list[int] = []
 
-    def factors(hessian: Tensor, damping: float, real: Any = inverse_factor) -> Any:
+    def factors(hessians: Sequence[Tensor], damping: float, real: Any = inverse_factors) -> Any:
         if fails_at is not None and len(events) == 3 and not raised:
             raised.append(1)
             raise torch.OutOfMemoryError
-        return real(hessian, damping)
+        return real(hessians, damping)
 
     monkeypatch.setattr("workers.methods.gptq.fits_at_once", lambda *_: True)
-    monkeypatch.setattr("workers.methods.gptq.inverse_factor", factors)
+    monkeypatch.setattr("workers.methods.gptq.inverse_factors", factors)
     found = GPTQ().quantize_block(task, GPTQSpec()).linears
     for name, linear in expected.items():
         assert (found[name].weight.codes != linear.weight.codes).float().mean() < 0.01
@@ -241,7 +242,7 @@ def test_kernels_of_every_scheme_compile_ahead_on_a_gpu_and_none_elsewhere(monke
 def test_damping_that_had_to_rise_is_told_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     task = gated_task(GATED, log=lambda name, **_: events.append(name))
-    twice = partial(lambda real, *given: (real(*given)[0], 1), inverse_factor)
-    monkeypatch.setattr("workers.methods.gptq.inverse_factor", twice)
+    twice = partial(lambda real, *given: [(factor, 1) for factor, _ in real(*given)], inverse_factors)
+    monkeypatch.setattr("workers.methods.gptq.inverse_factors", twice)
     assert GPTQ().quantize_block(task, GPTQSpec()).counters["damping_raised"] == 3
     assert events == ["damping_raised", "damping_raised"]

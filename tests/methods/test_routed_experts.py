@@ -1,13 +1,15 @@
 """Methods on experts, whose linears see only the tokens that are sent to them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from app.domain.methods import AWQSpec, GPTQSpec, NormalFloatSpec, RTNSpec, Scheme
-from tests.methods.toy_experts import NUMBER, STARVED, WIDTH, routed_task
+from tests.methods.toy_experts import INNER, NUMBER, STARVED, WIDTH, routed_task
 from workers.contracts.blocks import BlockTask
 from workers.contracts.experts import all_called, experts_of, seen_together
 from workers.engine.quantize.registry import METHODS
@@ -77,6 +79,32 @@ def test_hessians_of_few_experts_at_a_time_are_the_same(monkeypatch: pytest.Monk
     in_parts = METHODS["gptq"].quantize_block(task, SPECS["gptq"]).linears
     for name, linear in at_once.items():
         assert torch.equal(linear.weight.codes, in_parts[name].weight.codes)
+
+
+@pytest.mark.parametrize("together", [1 << 29, 4 * WIDTH * (WIDTH + 2 * INNER) * 5])
+def test_experts_that_are_rounded_side_by_side_get_the_codes_of_each_alone(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With Triton's kernels, all of a part at once, and five at a time; one without tokens among them."""
+    kernels = pytest.importorskip("workers.numerics.backends.column_kernels")
+    task = routed_task(scheme=SCHEME, samples=8, starves=True)
+    monkeypatch.setattr(gptq, "column_kernels", lambda *_: kernels)
+    sizes: list[int] = []
+    one_launch = gptq.quantize_weights
+
+    def count(weights: Sequence[Tensor], *given: Any) -> Any:
+        sizes.append(len(weights))
+        return one_launch(weights, *given)
+
+    monkeypatch.setattr(gptq, "quantize_weights", count)
+    monkeypatch.setattr(gptq, "TOGETHER_BYTES", together)
+    found = METHODS["gptq"].quantize_block(task, SPECS["gptq"]).linears
+    assert max(sizes) == (NUMBER if together == 1 << 29 else 5)
+    monkeypatch.setattr(gptq, "TOGETHER_BYTES", 0)
+    alone = METHODS["gptq"].quantize_block(task, SPECS["gptq"]).linears
+    for name, linear in alone.items():
+        # An expert's H is the same, and so is its factor; sums of a batched product may be in another order.
+        assert (found[name].weight.codes == linear.weight.codes).float().mean() > 0.998
 
 
 def test_the_sides_of_all_experts_are_seen_in_one_pass_and_what_follows_in_another() -> None:

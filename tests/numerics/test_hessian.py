@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.methods.toy_block import GatedBlock
-from workers.numerics.hessian import DAMPING_STEPS, Hessian, input_groups, inverse_factor, see_inputs
+from workers.numerics.hessian import DAMPING_STEPS, Hessian, input_groups, inverse_factor, inverse_factors, see_inputs
 
 CPU = torch.device("cpu")
 
@@ -112,6 +112,20 @@ def test_damping_is_a_share_of_the_mean_over_lit_columns(damping: float) -> None
     damped = hessian + damping * mean * torch.eye(20, dtype=x.dtype)
     damped.diagonal()[5:15] = (1 + damping) * mean
     torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-9, atol=1e-12)
+
+
+def test_factors_of_several_are_those_of_each() -> None:
+    """One of them after its damping rose, one not at all: each as if alone."""
+    sound, bad = (2 * x.T @ x for x in (correlated(60, 6), correlated(60, 6)))
+    shifted = bad - 1.05 * torch.linalg.eigvalsh(bad)[0] * torch.eye(6, dtype=bad.dtype)
+    hopeless = torch.full_like(bad, torch.nan)
+    together = inverse_factors([sound, shifted, hopeless, sound], 1e-6)
+    alone = [inverse_factor(hessian, 1e-6) for hessian in (sound, shifted, hopeless, sound)]
+    assert [retries for _, retries in together] == [retries for _, retries in alone]
+    assert together[2] == (None, len(DAMPING_STEPS))
+    for (ours, _), (theirs, _) in zip(together, alone, strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)  # type: ignore[arg-type]
+    assert inverse_factors([], 0.01) == []
 
 
 def test_damping_rises_tenfold_and_then_a_hundredfold() -> None:

@@ -68,7 +68,7 @@ from workers.numerics.hessian import (
     Hessian,
     damped_hessian,
     input_groups,
-    inverse_factor,
+    inverse_factors,
     see_inputs,
     watched,
 )
@@ -76,6 +76,11 @@ from workers.numerics.quantized import AffineWeight, FloatWeight, LinearResult, 
 
 HESSIAN_BYTES = 2 << 30
 """Memory for the H of experts that are summed in one pass."""
+TOGETHER_BYTES = 1 << 29
+"""Memory for the factors and weights, fp32, of experts that are rounded together."""
+
+Stage = Sequence[tuple[tuple[str, ...], Hessian]]
+"""Names of linears that share their inputs, with H of these: of several groups that do not depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,24 @@ class Elimination:
 
         together   consecutive columns that stay so in any order
         """
-        falling = hessian.diagonal().view(-1, together).sum(1).argsort(descending=True, stable=True)
-        falling = (falling.unsqueeze(1) * together + torch.arange(together, device=hessian.device)).flatten()
-        order = falling if act_order else torch.arange(len(hessian), device=hessian.device)
-        factor, retries = inverse_factor(hessian[order][:, order], damping)
-        return None if factor is None else cls(order, factor, act_order, retries)
+        return cls.of_each([hessian], damping, act_order=act_order, together=together)[0]
+
+    @classmethod
+    def of_each(
+        cls, hessians: Sequence[Tensor], damping: float, *, act_order: bool, together: int = 1
+    ) -> list["Elimination | None"]:
+        """The same for each H, with one wait for the device."""
+        orders, ordered = [], []
+        for hessian in hessians:
+            falling = hessian.diagonal().view(-1, together).sum(1).argsort(descending=True, stable=True)
+            falling = (falling.unsqueeze(1) * together + torch.arange(together, device=hessian.device)).flatten()
+            orders.append(falling if act_order else torch.arange(len(hessian), device=hessian.device))
+            ordered.append(hessian[orders[-1]][:, orders[-1]])
+        factors = inverse_factors(ordered, damping)
+        return [
+            None if factor is None else cls(order, factor, act_order, retries)
+            for order, (factor, retries) in zip(orders, factors, strict=True)
+        ]
 
     @classmethod
     def none(cls, hessian: Tensor) -> "Elimination":
@@ -134,51 +152,55 @@ class GPTQ(KernelMethod[GPTQSpec]):
             with all_called(task.block):
                 groups = input_groups(linears, next(task.passes(task.inputs[:1])))
 
-            def quantize(names: tuple[str, ...], hessian: Hessian) -> None:
-                elimination = self._eliminate(task, names, hessian, spec, counters)
-                for scheme, alike in _by_scheme(task.schemes, names).items():
-                    weights, shared = [linears[name].weight for name in alike], [amax.get(name) for name in alike]
-                    moments = hessian.sum[0].diagonal()
-                    sweeps = 0 if elimination.identity else spec.sweeps
-                    damped = damped_hessian(hessian.matrix()[0], spec.damping, elimination.retries) if sweeps else None
-                    made = (weights, elimination, scheme, task.scale_dtype, moments, shared)
-                    parts = _quantized(*made, damped, sweeps)
-                    results.update((name, LinearResult(weight)) for name, weight in zip(alike, parts, strict=True))
-                for name in names:
-                    linears[name].weight = nn.Parameter(results[name].weight.dequantize(), requires_grad=False)
-                task.tick(len(results) / len(linears))
+            def quantize(stage: Stage) -> None:
+                eliminations = self._eliminate(task, stage, spec, counters)
+                done = _side_by_side(task, [names for names, _ in stage], eliminations)
+                results.update((name, LinearResult(weight)) for name, weight in done.items())
+                for (names, hessian), elimination in zip(stage, eliminations, strict=True):
+                    for scheme, alike in {} if done else _by_scheme(task.schemes, names).items():
+                        weights, shared = [linears[name].weight for name in alike], [amax.get(name) for name in alike]
+                        moments = hessian.sum[0].diagonal()
+                        sweeps = 0 if elimination.identity else spec.sweeps
+                        retries = elimination.retries
+                        damped = damped_hessian(hessian.matrix()[0], spec.damping, retries) if sweeps else None
+                        made = (weights, elimination, scheme, task.scale_dtype, moments, shared)
+                        parts = _quantized(*made, damped, sweeps)
+                        results.update((name, LinearResult(weight)) for name, weight in zip(alike, parts, strict=True))
+                    for name in names:
+                        linears[name].weight = nn.Parameter(results[name].weight.dequantize(), requires_grad=False)
+                    task.tick(len(results) / len(linears))
 
             done = _in_one_pass(task, groups, quantize) if fits_at_once(task, task.inputs) else 0
-            for names, hessian in _hessians(task, groups[done:]):
-                quantize(names, hessian)
+            for stage in _hessians(task, groups[done:]):
+                quantize(stage)
         return BlockResult(results, counters={name: float(count) for name, count in counters.items()})
 
-    def _eliminate(
-        self, task: BlockTask, names: tuple[str, ...], hessian: Hessian, spec: GPTQSpec, counters: Counter[str]
-    ) -> Elimination:
-        """The elimination for linears that share their inputs."""
-        task.sum_(hessian.sum)
-        matrix = hessian.matrix()[0]
-        together = max(columns_together(task.schemes[name]) for name in names)
-        elimination = Elimination.of(matrix, spec.damping, act_order=spec.act_order, together=together)
-        facts = {"block": task.index, "linears": ", ".join(names)}
-        if elimination is None:
-            counters["rounded_to_nearest"] += len(names)
-            task.log("hessian_not_positive_definite", **facts)
-            return Elimination.none(matrix)
-        if elimination.retries:
-            counters["damping_raised"] += len(names)
-            task.log("damping_raised", retries=elimination.retries, **facts)
-        return elimination
+    def _eliminate(self, task: BlockTask, stage: Stage, spec: GPTQSpec, counters: Counter[str]) -> list[Elimination]:
+        """The eliminations for the linears that share their inputs, of each group of a stage."""
+        matrices = []
+        for _, hessian in stage:
+            task.sum_(hessian.sum)
+            matrices.append(hessian.matrix()[0])
+        together = max(columns_together(task.schemes[name]) for names, _ in stage for name in names)
+        found = Elimination.of_each(matrices, spec.damping, act_order=spec.act_order, together=together)
+        eliminations = []
+        for (names, _), matrix, elimination in zip(stage, matrices, found, strict=True):
+            facts = {"block": task.index, "linears": ", ".join(names)}
+            if elimination is None:
+                counters["rounded_to_nearest"] += len(names)
+                task.log("hessian_not_positive_definite", **facts)
+            elif elimination.retries:
+                counters["damping_raised"] += len(names)
+                task.log("damping_raised", retries=elimination.retries, **facts)
+            eliminations.append(Elimination.none(matrix) if elimination is None else elimination)
+        return eliminations
 
 
 class _Done(Exception):
     """Ends a pass whose every linear is quantized."""
 
 
-def _in_one_pass(
-    task: BlockTask, groups: Sequence[tuple[str, ...]], quantize: Callable[[tuple[str, ...], Hessian], None]
-) -> int:
+def _in_one_pass(task: BlockTask, groups: Sequence[tuple[str, ...]], quantize: Callable[[Stage], None]) -> int:
     """Quantizes the groups inside a single pass, each when it is called, so that the pass goes on behind it.
 
     The number of groups that are done: fewer than there are if memory ran out.
@@ -188,7 +210,7 @@ def _in_one_pass(
     def see(name: str, x: Tensor) -> None:
         hessian = Hessian(x.shape[-1], x.shape[-1], x.dtype, task.device)
         hessian.add(x.flatten(0, -2))
-        quantize(names_of[name], hessian)
+        quantize([(names_of[name], hessian)])
         done.append(name)
         if len(done) == len(groups):
             raise _Done
@@ -198,10 +220,12 @@ def _in_one_pass(
     return len(done)
 
 
-def _hessians(task: BlockTask, groups: Sequence[tuple[str, ...]]) -> Iterator[tuple[tuple[str, ...], Hessian]]:
-    """H of each group's inputs as they are when it is asked for; those of a part's experts are summed in one pass."""
+def _hessians(task: BlockTask, groups: Sequence[tuple[str, ...]]) -> Iterator[Stage]:
+    """H of each group's inputs as they are when it is asked for; those of a part's experts are summed in one pass, and
+    come as many together as are rounded together.
+    """
     for stage in seen_together(task.block, groups):
-        width = task.linear(stage[0][0]).in_features
+        width, rows = task.linear(stage[0][0]).in_features, sum(task.linear(n).out_features for n in stage[0])
         for together in batched(stage, max(1, HESSIAN_BYTES // (4 * width * width))):
             firsts = {names[0]: task.linear(names[0]) for names in together}
             sums = {
@@ -215,8 +239,8 @@ def _hessians(task: BlockTask, groups: Sequence[tuple[str, ...]]) -> Iterator[tu
                 with watched(firsts, partial(_add, sums)):
                     for forward in task.passes(task.inputs):
                         forward()
-            for names in together:
-                yield names, sums.pop(names[0])
+            for some in batched(together, max(1, TOGETHER_BYTES // (4 * width * (width + rows)))):
+                yield [(names, sums.pop(names[0])) for names in some]
 
 
 def _add(sums: Mapping[str, Hessian], name: str, x: Tensor) -> None:
@@ -254,21 +278,54 @@ def _quantized(
     return together.split([len(weight) for weight in weights])
 
 
+def _side_by_side(
+    task: BlockTask, groups: Sequence[tuple[str, ...]], eliminations: Sequence[Elimination]
+) -> dict[str, QuantizedWeight]:
+    """Linears of experts of one shape and one scheme, rounded in one launch; nothing where that cannot be."""
+    kernels = column_kernels(task.device, eliminations[0].factor.dtype)
+    of_each = [_by_scheme(task.schemes, names) for names in groups]
+    kinds = {
+        tuple((scheme, *(task.linear(n).weight.shape for n in names)) for scheme, names in of.items()) for of in of_each
+    }
+    affine = all(scheme.form is Form.AFFINE for scheme in of_each[0])
+    rows = [sum(task.linear(name).out_features for name in names) for names in of_each[0].values()]
+    if len(groups) == 1 or len(kinds) > 1 or not affine or not all(map(kernels.lie_side_by_side, rows)):
+        return {}
+    if any(elimination.identity for elimination in eliminations):
+        return {}
+    made: dict[str, QuantizedWeight] = {}
+    for scheme in of_each[0]:
+        alike = [of[scheme] for of in of_each]
+        weights = [torch.cat([task.linear(name).weight for name in names]) for names in alike]
+        for names, whole in zip(alike, quantize_weights(weights, eliminations, scheme, task.scale_dtype), strict=True):
+            made |= zip(names, whole.split([task.linear(name).out_features for name in names]), strict=True)
+    return made
+
+
 def quantize_weight(weight: Tensor, elimination: Elimination, scheme: Scheme, scale_dtype: torch.dtype) -> AffineWeight:
     """The formulas of the module docstring for a weight (rows, in) of any float dtype."""
-    order, factor = elimination.order, elimination.factor
-    whole = grouped(weight.to(factor.dtype), scheme.group_size)
+    return quantize_weights([weight], [elimination], scheme, scale_dtype)[0]
+
+
+def quantize_weights(
+    weights: Sequence[Tensor], eliminations: Sequence[Elimination], scheme: Scheme, scale_dtype: torch.dtype
+) -> Sequence[AffineWeight]:
+    """The same for several weights of one shape, each behind an elimination of its own, all static or none."""
+    dtype, static = eliminations[0].factor.dtype, eliminations[0].static
+    whole = grouped(torch.cat(list(weights)).to(dtype), scheme.group_size)
     first, width = affine_grid(GroupRange.of(whole), scheme, scale_dtype), whole.shape[2]
-    columns, kernels = Columns.of(weight, order, factor, width), column_kernels(weight.device, factor.dtype)
-    moving = not elimination.static
-    grid = IntegerGrid.of(first, scheme, scale_dtype, width if moving and width <= COLUMNS else None)
-    for batch in _lazy_batches(len(order), width if moving else COLUMNS):
-        if moving and width > COLUMNS and batch.start % width == 0:
+    each = [Columns.of(weight, e.order, e.factor, width) for weight, e in zip(weights, eliminations, strict=True)]
+    columns, kernels = each[0] if len(each) == 1 else Columns.side_by_side(each), column_kernels(whole.device, dtype)
+    del each
+    grid = IntegerGrid.of(first, scheme, scale_dtype, width if not static and width <= COLUMNS else None)
+    for batch in _lazy_batches(len(columns.left), COLUMNS if static else width):
+        if not static and width > COLUMNS and batch.start % width == 0:
             grid.put(batch.start // width, columns.left[batch.start : batch.start + width])
         kernels.round_integers(columns, batch, grid)
         columns.follow(batch)
-    codes = grouped(columns.stored(order).T, scheme.group_size)
-    return affine_weight(codes, grid.of_rows(first), scheme, scale_dtype, weight.dtype)
+    codes = grouped(columns.stored([e.order for e in eliminations]).T, scheme.group_size)
+    made = affine_weight(codes, grid.of_rows(first), scheme, scale_dtype, weights[0].dtype)
+    return made.split([len(weight) for weight in weights])
 
 
 def quantize_floats(
@@ -295,7 +352,7 @@ def quantize_floats(
     for batch in _lazy_batches(len(order), COLUMNS):
         kernels.round_floats(columns, batch, scale, element)
         columns.follow(batch)
-    codes = torch.split(encode(columns.stored(order).T, element), [len(weight) for weight in weights])
+    codes = torch.split(encode(columns.stored([order]).T, element), [len(weight) for weight in weights])
     return [
         replace(grid, codes=own.contiguous(), dtype=weight.dtype)
         for grid, own, weight in zip(grids, codes, weights, strict=True)

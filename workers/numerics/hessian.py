@@ -7,7 +7,7 @@ activations are kept. A linear whose error is needed only within groups of colum
 Linears that get the same tensor (q, k and v; gate and up) have one H.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -107,12 +107,27 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, int]
     With J the exchange of first and last, J (H + lambda I) J = L L^T gives U = (J L J)^-1: one factorization and one
     triangular inverse, instead of the inverse of H and a factorization of that.
     """
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return inverse_factors([hessian], damping)[0]
+
+
+def inverse_factors(hessians: Sequence[Tensor], damping: float) -> list[tuple[Tensor | None, int]]:
+    """`inverse_factor` of each; the device is waited for once, and once more for each time that a damping is raised."""
+    found: list[tuple[Tensor | None, int]] = [(None, len(DAMPING_STEPS))] * len(hessians)
+    left = list(range(len(hessians)))
     for retries in range(len(DAMPING_STEPS)):
-        damped = damped_hessian(hessian, damping, retries)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-        # A diagonal that overflowed gives a factor of zeros, which errors would be divided by.
-        if not failed and bool(upper.isfinite().all() & (upper.diagonal() > 0).all()):
-            return upper, retries
-    return None, len(DAMPING_STEPS)
+        tried = [_tried_factor(hessians[number], damping, retries) for number in left]
+        sound = torch.stack([fine for _, fine in tried]).tolist() if tried else []
+        for number, (upper, _), fine in zip(left, tried, sound, strict=True):
+            if fine:
+                found[number] = upper, retries
+        left = [number for number, fine in zip(left, sound, strict=True) if not fine]
+    return found
+
+
+def _tried_factor(hessian: Tensor, damping: float, retries: int) -> tuple[Tensor, Tensor]:
+    """U, and a truth value on the device: whether it is one."""
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    lower, failed = torch.linalg.cholesky_ex(damped_hessian(hessian, damping, retries).flip(0, 1))
+    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    # A diagonal that overflowed gives a factor of zeros, which errors would be divided by.
+    return upper, (failed == 0) & (upper.isfinite().all() & (upper.diagonal() > 0).all())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from app.domain.methods import Scheme, SchemeName
 from tests.methods.test_gptq import COLUMNS, by_explicit_inverses, correlated
-from workers.methods.gptq import Elimination, quantize_floats, quantize_weight
+from workers.methods.gptq import Elimination, quantize_floats, quantize_weight, quantize_weights
 from workers.numerics import backend
 from workers.numerics.backends import column_operators
 from workers.numerics.blocks.elimination import columns_together, eliminate
@@ -67,6 +67,31 @@ def test_integers_are_those_of_explicit_inverses(scheme: Scheme, act_order: bool
     assert alike(found.codes, codes.to(torch.uint8)) > 0.995
     off = w_hat - weight
     assert error(weight, found, hessian) == pytest.approx(float(((off @ hessian) * off).sum()), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "act_order"),
+    [INTEGERS[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in INTEGERS[1:])],
+    ids=str,
+)
+@pytest.mark.usefixtures("by_kernels")
+def test_weights_side_by_side_get_the_codes_of_each_alone(scheme: Scheme, act_order: bool) -> None:
+    """As experts of one shape are rounded: each behind a factor, and in an order, of its own."""
+    weights, made = [], []
+    for number in range(3):
+        torch.manual_seed(number)
+        inputs = torch.randn(300, COLUMNS, device=DEVICE) * torch.rand(COLUMNS, device=DEVICE).exp()
+        inputs += torch.randn(300, 1, device=DEVICE)
+        weights.append(torch.randn(32, COLUMNS, device=DEVICE))
+        made.append(eliminated((2 * inputs.T @ inputs).double(), act_order))
+    assert kernels.lie_side_by_side(32)
+    assert not kernels.lie_side_by_side(24)
+    together = quantize_weights(weights, made, scheme, torch.bfloat16)
+    for weight, elimination, found in zip(weights, made, together, strict=True):
+        alone = quantize_weight(weight, elimination, scheme, torch.bfloat16)
+        assert alike(found.codes, alone.codes) > (0.999 if DEVICE.type == "cuda" else 0.9999)
+        assert alike(found.scale, alone.scale) > 0.999
+        assert error(weight.double(), found, torch.eye(COLUMNS, device=DEVICE).double()) > 0
 
 
 @pytest.mark.parametrize(("scheme", "act_order"), INTEGERS, ids=str)

@@ -34,6 +34,11 @@ ROWS, WARPS = 16, 4
 INTEGERS, FLOATS, LEVELS = 0, 1, 2
 
 
+def lie_side_by_side(rows: int) -> bool:
+    """True if several weights of so many rows can be rounded to integers in one launch."""
+    return rows % ROWS == 0
+
+
 def round_integers(columns: Columns, batch: slice, grid: IntegerGrid) -> None:
     """Rounds a batch to integers q. A group whose grid is written begins in the batch and ends in it."""
     facts = _of_integers(grid.scheme, grid.scale_dtype, grid.width)
@@ -129,7 +134,8 @@ def _eliminate(
         scale if other is None else other,
         scale if table is None else table,
         rows,
-        len(columns.factor),
+        len(columns.left),
+        rows // columns.weights,
         batch.start,
         batch.stop,
         now.start,
@@ -174,7 +180,7 @@ def _nearest_level(  # type: ignore[no-untyped-def]
     return level
 
 
-@triton.jit(do_not_specialize=["first", "last", "begin", "end"])
+@triton.jit(do_not_specialize=["own", "first", "last", "begin", "end"])
 def _round_columns(  # type: ignore[no-untyped-def]
     LEFT,
     FACTOR,
@@ -186,6 +192,7 @@ def _round_columns(  # type: ignore[no-untyped-def]
     TABLE,
     rows,
     columns,
+    own,
     first,
     last,
     begin,
@@ -209,6 +216,10 @@ def _round_columns(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = row < rows
+    # Of weights side by side, of `own` rows each, a program has rows of one.
+    weight = (tl.program_id(0) * ROWS // own).to(tl.int64)
+    FACTOR += weight * columns * columns
+    GROUP += weight * columns
     place = tl.arange(0, COLUMNS)
     at = (first + place).to(tl.int64)
     inside = at < last
@@ -223,10 +234,10 @@ def _round_columns(  # type: ignore[no-untyped-def]
         diagonal = tl.load(FACTOR + j * columns + j)
         group = tl.load(GROUP + j).to(tl.int64) * rows + row
         if WIDTH > 0 and j % WIDTH == 0:
-            own = ((at >= j) & (at < j + WIDTH))[:, None]
-            low = tl.minimum(tl.min(tl.where(own, left, 0.0), 0), 0.0)
-            high = tl.maximum(tl.max(tl.where(own, left, 0.0), 0), 0.0)
-            broken = tl.sum((own & (left != left)).to(tl.int32), 0) > 0  # noqa: PLR0124 - NaN alone differs
+            members = ((at >= j) & (at < j + WIDTH))[:, None]
+            low = tl.minimum(tl.min(tl.where(members, left, 0.0), 0), 0.0)
+            high = tl.maximum(tl.max(tl.where(members, left, 0.0), 0), 0.0)
+            broken = tl.sum((members & (left != left)).to(tl.int32), 0) > 0  # noqa: PLR0124 - NaN alone differs
             new_scale, new_zero = _grid(
                 low, high, low * 0.0 + 1.0, low * 0.0 + 1.0, SMALLEST, BITS, SYMMETRIC, STORED_AS
             )

@@ -9,7 +9,7 @@ may take four columns at once, on a lattice. The functions are those of `workers
 which has Triton's, with the same arguments and results. What comes behind the batch is `Columns.follow`'s.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,8 @@ class Columns:
     group    that a column belongs to, int32 (in,)
     found    what columns are rounded to, (in, rows): integers q, values of an element, or levels
     errors   e of a batch, (COLUMNS, rows)
+    weights  number of weights of the same rows side by side, each with its own factor (weights, in, in) and
+             group (weights, in): for Triton's rounding to integers alone
     """
 
     left: Tensor
@@ -43,6 +45,7 @@ class Columns:
     group: Tensor
     found: Tensor
     errors: Tensor
+    weights: int = 1
 
     @classmethod
     def of(cls, weight: Tensor, order: Tensor, factor: Tensor, width: int) -> "Columns":
@@ -52,14 +55,28 @@ class Columns:
         empty = left.new_empty(COLUMNS, left.shape[1])
         return cls(left, factor.contiguous(), group, torch.empty_like(left), empty)
 
+    @classmethod
+    def side_by_side(cls, each: Sequence["Columns"]) -> "Columns":
+        """Several weights of one shape as one; a copy."""
+        left = torch.cat([columns.left for columns in each], 1)
+        factor, group = (torch.stack([getattr(columns, name) for columns in each]) for name in ("factor", "group"))
+        empty = left.new_empty(COLUMNS, left.shape[1])
+        return cls(left, factor, group, torch.empty_like(left), empty, len(each))
+
     def follow(self, batch: slice) -> None:
         """Lets the columns behind a batch make up for its errors."""
         errors = self.errors[: batch.stop - batch.start]
-        self.left[batch.stop :].addmm_(self.factor[batch, batch.stop :].T, errors, alpha=-1)
+        if self.weights == 1:
+            self.left[batch.stop :].addmm_(self.factor[batch, batch.stop :].T, errors, alpha=-1)
+            return
+        # (weights, columns, rows), views whose rows lie together.
+        left, errors = (x.view(len(x), self.weights, -1).transpose(0, 1) for x in (self.left, errors))
+        left[:, batch.stop :].baddbmm_(self.factor[:, batch, batch.stop :].mT, errors, alpha=-1)
 
-    def stored(self, order: Tensor) -> Tensor:
-        """`found` in the order in which columns are stored."""
-        return torch.empty_like(self.found).index_copy_(0, order, self.found)
+    def stored(self, orders: Sequence[Tensor]) -> Tensor:
+        """`found` in the order in which columns are stored; an order for each weight."""
+        parts = self.found.chunk(self.weights, 1)
+        return torch.cat([torch.empty_like(x).index_copy_(0, o, x) for x, o in zip(parts, orders, strict=True)], 1)
 
 
 @dataclass(frozen=True)
@@ -121,6 +138,11 @@ class LevelGrid:
 def warm_ups(*_: object, **__: object) -> list[Callable[[], object]]:
     """An empty list: nothing is compiled."""
     return []
+
+
+def lie_side_by_side(rows: int) -> bool:  # noqa: ARG001 - as in `workers.numerics.backends.column_kernels`
+    """False: here each weight is rounded alone, in a cache."""
+    return False
 
 
 def round_integers(columns: Columns, batch: slice, grid: IntegerGrid) -> None:

@@ -63,7 +63,7 @@ def eliminate(
                 search(columns.left[now.start : now.start + kind.weights].T, now.start)
             kernels.round_levels(columns, batch, now, grid)
         columns.follow(batch)
-    codes = codes_of(columns.stored(turn).T.float(), kind).contiguous()
+    codes = codes_of(columns.stored([turn]).T.float(), kind).contiguous()
     return replace(made, codes=codes)
 
 
