@@ -81,6 +81,7 @@ def test_hessians_of_few_experts_at_a_time_are_the_same(monkeypatch: pytest.Monk
         assert torch.equal(linear.weight.codes, in_parts[name].weight.codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1 << 29, 4 * WIDTH * (WIDTH + 2 * INNER) * 5])
 def test_experts_that_are_rounded_side_by_side_get_the_codes_of_each_alone(
     together: int, monkeypatch: pytest.MonkeyPatch

@@ -77,21 +77,22 @@ def test_integers_are_those_of_explicit_inverses(scheme: Scheme, act_order: bool
 @pytest.mark.usefixtures("by_kernels")
 def test_weights_side_by_side_get_the_codes_of_each_alone(scheme: Scheme, act_order: bool) -> None:
     """As experts of one shape are rounded: each behind a factor, and in an order, of its own."""
+    columns = 32 if scheme.group_size == 16 else COLUMNS
     weights, made = [], []
-    for number in range(3):
+    for number in range(2):
         torch.manual_seed(number)
-        inputs = torch.randn(300, COLUMNS, device=DEVICE) * torch.rand(COLUMNS, device=DEVICE).exp()
+        inputs = torch.randn(300, columns, device=DEVICE) * torch.rand(columns, device=DEVICE).exp()
         inputs += torch.randn(300, 1, device=DEVICE)
-        weights.append(torch.randn(32, COLUMNS, device=DEVICE))
+        weights.append(torch.randn(16, columns, device=DEVICE))
         made.append(eliminated((2 * inputs.T @ inputs).double(), act_order))
     assert kernels.lie_side_by_side(32)
     assert not kernels.lie_side_by_side(24)
     together = quantize_weights(weights, made, scheme, torch.bfloat16)
     for weight, elimination, found in zip(weights, made, together, strict=True):
         alone = quantize_weight(weight, elimination, scheme, torch.bfloat16)
-        assert alike(found.codes, alone.codes) > (0.999 if DEVICE.type == "cuda" else 0.9999)
+        assert alike(found.codes, alone.codes) > 0.999
         assert alike(found.scale, alone.scale) > 0.999
-        assert error(weight.double(), found, torch.eye(COLUMNS, device=DEVICE).double()) > 0
+    assert alike(together[0].codes, together[1].codes) < 0.9
 
 
 @pytest.mark.parametrize(("scheme", "act_order"), INTEGERS, ids=str)

@@ -15,7 +15,8 @@ kernels = pytest.importorskip("workers.numerics.clipping.kernels")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RATE = 0.05
-KINDS = [(2, 16, True), (3, 5, False), (4, 64, True), (4, 64, False), (8, 100, False)]
+OTHERS = [(3, 5, False), (4, 64, True), (8, 100, False)]
+KINDS = [(2, 16, True), (4, 64, False), *(pytest.param(*kind, marks=pytest.mark.slow) for kind in OTHERS)]
 every_kind = pytest.mark.parametrize(("bits", "width", "symmetric"), KINDS)
 
 
