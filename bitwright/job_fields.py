@@ -46,6 +46,7 @@ class JobFields(TypedDict, total=False):
     time_limit_seconds: int | None
     metadata: Mapping[str, str]
     name: str | None
+    publish: JsonObject | None
 
 
 def request_body(fields: JobFields, extra_body: JsonObject | None) -> dict[str, Any]:

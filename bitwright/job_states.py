@@ -18,6 +18,17 @@ class JobStatus(StrEnum):
     """A caller ended it. `retry` queues it again."""
 
 
+class PublicationStatus(StrEnum):
+    """Status of a result on its way to the Hub, of a job that stays succeeded."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    """The Hub has committed it. Final."""
+    FAILED = "failed"
+    """Its error says why. Publish again to try once more."""
+
+
 FINAL_STATUSES = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
 
 

@@ -116,6 +116,7 @@ class RequestView(RequestPart):
     time_limit_seconds: int | None = None
     metadata: dict[str, str] | None = None
     name: str | None = None
+    publish: dict[str, Any] | None = None
 
 
 def shorthand_fields(body: Mapping[str, object]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bitwright.errors import FieldProblem
 from bitwright.events import ErrorData, Event, ProgressEvent
-from bitwright.job_states import JobStatus
+from bitwright.job_states import JobStatus, PublicationStatus
 from bitwright.money import Money
 from bitwright.report import Report
 from bitwright.request import RequestView
@@ -106,6 +106,24 @@ class EventPage(View):
 
     items: list[EventView]
     next_after: int | None = None
+
+
+class PublicationView(View):
+    """A result on its way to the Hub. The job stays succeeded, however this ends."""
+
+    job_id: str
+    status: PublicationStatus
+    hub: str = Field(description="Repository.")
+    private: bool
+    force: bool
+    format: str | None = Field(description="Checkpoint; null: the job's result.")
+    attempts: int
+    url: str | None = Field(description="The Hub's page of the commit.")
+    commit: str | None
+    error: ErrorData | None = Field(description="Of the attempt that ended last.")
+    created_at: datetime
+    updated_at: datetime
+    finished_at: datetime | None
 
 
 class ArtifactView(View):

@@ -5,6 +5,7 @@ from types import MappingProxyType
 FILES = MappingProxyType(
     {
         ".ci/run": "What must hold before a change lands",
+        ".github/actions/bitwright-check/action.yml": "GitHub Action: `bitwright check`",
         ".pre-commit-config.yaml": "Git hooks, offline",
         "AGENTS.md": "House rules for whoever writes code here, in short",
         "CHANGELOG.md": "What changed, for users",

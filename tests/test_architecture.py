@@ -360,3 +360,10 @@ def test_the_checks_see_what_they_forbid(tmp_path: Path) -> None:
     words = tmp_path / "words.py"
     words.write_text('"""Words."""\nx = 1\n"""How many."""\nclass A:\n    def f(self):\n        """Whether so."""\n')
     assert [line for line, docstring in docstrings(words) if _opens_a_clause(docstring)] == [3, 6]
+
+
+def test_migrations_are_one_line() -> None:
+    """Two that were written beside each other both follow the same one: the later to come takes the next number."""
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "migrations/versions").glob("0*.py")}
+    revisions = [re.findall(r'^(?:down_)?revision: .* = (?:"(\d{4})"|None)$', text, re.M) for text in sources.values()]
+    assert sorted(revisions) == [[f"{n:04}", f"{n - 1:04}" if n > 1 else ""] for n in range(1, len(sources) + 1)]

@@ -25,6 +25,7 @@ from app.store.endings import requeue_lost
 from app.store.ids import new_id
 from app.store.session import Database
 from app.store.tenancy.audit import REMOVED_AT_ONCE, remove_old_entries
+from app.store.tenancy.hub_tokens import remove_old_tokens
 from app.store.tenancy.page_sessions import remove_expired_sessions
 from app.store.upkeep.garbage import ROWS_A_TRANSACTION, collect_blobs, remove_expired_keys, remove_old_jobs
 from app.store.uploads import remove_expired_uploads
@@ -95,6 +96,7 @@ class Sweep:
         with self._database.transaction() as session:
             more = remove_expired_keys(session) == ROWS_A_TRANSACTION
             remove_expired_sessions(session)
+            remove_old_tokens(session)
             uploads = remove_expired_uploads(session)
             forget_workers(session, unseen_seconds=UNSEEN_SECONDS)
         days = self._settings.job_retention_days

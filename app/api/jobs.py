@@ -34,6 +34,7 @@ from app.api.tenancy.queueing import (
     estimated_cost,
     policy_and_settings,
     queue_job,
+    require_hub,
 )
 from app.api.views import JobView, PreflightView
 from app.domain.request.asked_recipe import asked_recipe
@@ -151,6 +152,7 @@ def create_job(
         if not isinstance(request.model, LocalModel):  # of a local one the real path counts
             require_allowed(policy, request)
         hub = None if policy.own_token or token is not None else hub  # which looks with the service's token
+    require_hub(settings, request.publish)
     seen = look_at_hub(request, hub)
     with database.reading() as session:
         preflight, model = find_sources(request, settings, UploadRepository(session, principal.tenant_id), blobs)

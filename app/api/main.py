@@ -19,6 +19,7 @@ from app.api.http.middleware import BodyLimit, RequestContext
 from app.api.http.strictness import refuse_unread
 from app.api.hub import files as hub_files
 from app.api.hub import models as hub_models
+from app.api.hub import publishing
 from app.api.metrics import Metrics
 from app.api.pages import catalogue, compare, documentation, entrance, job, submit
 from app.api.pages import jobs as job_list
@@ -41,7 +42,7 @@ from app.store.waiting import Place, places
 MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health)
 QUEUE_SECONDS = 1.0
 """Places of queued jobs are so old at the most; of what this process itself has queued or cancelled, new."""
-HUB_MODULES = (hub_models, hub_files)
+HUB_MODULES = (hub_models, hub_files, publishing)
 ADMIN_MODULES = (tenants, keys, usage, audit)
 ROUTERS = tuple(module.router for module in (*MODULES, *HUB_MODULES, *ADMIN_MODULES))
 PAGES = tuple(module.router for module in (entrance, job_list, job, submit, compare, catalogue))

@@ -39,6 +39,25 @@ class FetchedLine(Message):
     )
 
 
+class PublishedLine(Message):
+    """The result is published: the Hub's answer to the commit."""
+
+    type: Literal["published"] = "published"
+    url: str
+    commit: str
+
+
+class RefusedLine(Message):
+    """The result is not published."""
+
+    type: Literal["refused"] = "refused"
+    error: ErrorData
+    wait_seconds: int = Field(default=0, description="That the Hub asks for before another attempt.")
+
+
+PublicationLine = Annotated[PublishedLine | RefusedLine, Field(discriminator="type")]
+
+
 class FailedLine(Message):
     """The attempt ends with an error."""
 

@@ -208,6 +208,33 @@ class JobName(Base):
     job_id: Mapped[str] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), index=True, unique=True)
 
 
+class Publication(Base):
+    """The result of a job on its way to the Hub."""
+
+    __tablename__ = "publication"
+    __table_args__ = (Index("ix_publication_open", "status", "available_at", **_where("finished_at IS NULL")),)
+
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), index=True)
+    status: Mapped[str] = mapped_column(String(16))
+    """A `PublicationStatus`."""
+    request: Mapped[JsonObject]
+    """`Publish`."""
+    attempt: Mapped[int] = mapped_column(default=0)
+    """Number of the latest attempt; the fence of every write for it."""
+    answer: Mapped[JsonObject | None]
+    """The Hub's: `url` and `commit`."""
+    error: Mapped[JsonObject | None]
+    """`ErrorData` of the attempt that ended last."""
+    created_at: Mapped[datetime] = mapped_column(default=now())
+    updated_at: Mapped[datetime] = mapped_column(default=now())
+    available_at: Mapped[datetime] = mapped_column(default=now())
+    """No attempt before this time."""
+    finished_at: Mapped[datetime | None]
+    worker_id: Mapped[str | None] = mapped_column(String(200))
+    lease_expires_at: Mapped[datetime | None]
+
+
 class JobUpload(Base):
     """An upload that a job reads; it cannot be deleted while the job may still run."""
 

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from app.domain.job_states import TRANSITIONS
 from app.store.clock import now
 from app.store.documents import document
+from app.store.hub.publications import begin_if_asked
 from app.store.models import Event, Job
 from app.store.tenancy.hub_tokens import erase_token
 from app.store.tenancy.usage import add_usage
@@ -65,7 +66,9 @@ def enter(
     event = StatusEvent(status=status, attempt=row.attempt, error=error)
     _tell(session, row.id, row.tenant_id, sequence=row.last_event, event=event)
     if status in FINAL_STATUSES:
-        erase_token(session, row.id)
+        published = status is JobStatus.SUCCEEDED and begin_if_asked(session, row.tenant_id, row.id)
+        if not published:  # else the token is erased at the publication's end
+            erase_token(session, row.id)
         add_usage(session, row.tenant_id, jobs=1)
     return Entered(job_id=row.id, tenant_id=row.tenant_id, attempt=row.attempt)
 

@@ -36,6 +36,7 @@ from bitwright.views import (
     MethodList,
     Page,
     PreflightView,
+    PublicationView,
     UploadRequest,
     UploadView,
     View,
@@ -260,6 +261,24 @@ class Client:
                     self.download_artifact(artifact, destination, on_bytes)
                 files.append(target)
         return files
+
+    def publish(
+        self,
+        job_id: str,
+        hub: str,
+        *,
+        private: bool = True,
+        force: bool = False,
+        format: str | None = None,
+        hub_token: str | None = None,
+    ) -> PublicationView:
+        """Send a succeeded job's result to a repository of the Hub, `org/name`; ask `publication` how that goes."""
+        body = {"hub": hub, "private": private, "force": force, "format": format}
+        return self._read(PublicationView, "POST", f"/v1/jobs/{job_id}/publish", json=body, headers=_token(hub_token))
+
+    def publication(self, job_id: str) -> PublicationView:
+        """The latest publication of a job."""
+        return self._read(PublicationView, "GET", f"/v1/jobs/{job_id}/publish")
 
     def upload(
         self, files: Sequence[Path], *, upload_id: str | None = None, on_bytes: OnBytes = ignore_bytes

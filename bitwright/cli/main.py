@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from bitwright.cli import exports, jobs, listings, reports, submit, uploads, watch
+from bitwright.cli import check, exports, jobs, listings, publish, reports, submit, uploads, watch
 from bitwright.cli.operator import OPERATOR_COMMANDS, installed_commands, operator_command
 from bitwright.cli.render import print_error
 from bitwright.errors import BitwrightError, InputError, RequestError, Unavailable
@@ -62,6 +62,7 @@ app = typer.Typer(
     help="Quantization as a service: submit a language model, get back a checkpoint that simply loads.",
 )
 app.command()(submit.submit)
+app.command()(check.check)
 app.command()(watch.watch)
 app.command("jobs")(jobs.list_jobs)
 app.command()(jobs.show)
@@ -70,6 +71,7 @@ app.command()(jobs.pause)
 app.command()(jobs.resume)
 app.command()(jobs.retry)
 app.command()(exports.export)
+app.command()(publish.publish)
 app.command()(reports.report)
 app.command()(reports.compare)
 app.command()(jobs.download)

@@ -90,7 +90,7 @@ def compare(
         compared = [Compared(name, read_report(Path(name))) for name in results]
     else:
         with connect(url, key, data_dir) as client:
-            compared = [_of_job(client, name) if not Path(name).exists() else _of_path(name) for name in results]
+            compared = [result_of(client, name) for name in results]
     settings, figures = settings_rows(compared), figure_rows(compared)
     if as_json:
         typer.echo(json.dumps(_as_json(compared), indent=2))
@@ -141,8 +141,15 @@ def comparison_table(compared: Sequence[Compared], settings: Sequence[Row], figu
     return table
 
 
-def _of_path(name: str) -> Compared:
-    return Compared(name, read_report(Path(name)))
+def result_of(client: Client, name: str) -> Compared:
+    """The result that a name stands for: a job's id, or a path that is there.
+
+    Raises:
+        Conflict: the job has no report.
+        NotFound: there is no such job.
+        InvalidRequest: the path holds no report.
+    """
+    return Compared(name, read_report(Path(name))) if Path(name).exists() else _of_job(client, name)
 
 
 def _of_job(client: Client, job_id: str) -> Compared:

@@ -76,12 +76,13 @@ def test_examples_of_the_document_are_accepted(api: Api) -> None:
 
 
 MEANING = {
-    *("POST /v1/jobs", "POST /v1/jobs/{job_id}/exports", "POST /v1/uploads"),
+    *("POST /v1/jobs", "POST /v1/jobs/{job_id}/exports", "POST /v1/jobs/{job_id}/publish"),
+    "POST /v1/uploads",
     *("POST /v1/admin/tenants", "PATCH /v1/admin/tenants/{tenant_id}"),
     "PUT /v1/uploads/{upload_id}/files/{name}",
 }
-"""Operations that refuse more than a schema can say: what goes with what, files that make no checkpoint together, a
-tenant's folders out of the service's, more bytes than were announced.
+"""Operations that refuse more than a schema can say: what goes with what, tokens that are not there, files that make no
+checkpoint together, a tenant's folders out of the service's, more bytes than were announced.
 """
 
 

@@ -40,6 +40,7 @@ class Service:
     database: Database
     blobs: BlobStore
     folder: Path
+    settings: Settings
     asynchronous: bool = False
     """Clients are asynchronous ones."""
 
@@ -135,7 +136,7 @@ def running_service(folder: Path, *, asynchronous: bool = False) -> Iterator[Ser
             assert thread.is_alive()
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Service(port, key, database, open_blobs(settings.blob_url), folder, asynchronous)
+        yield Service(port, key, database, open_blobs(settings.blob_url), folder, settings, asynchronous)
     finally:
         server.should_exit = True
         thread.join()

@@ -17,10 +17,10 @@ from typing import NoReturn
 
 import structlog
 
-from app.domain.attempt_lines import AttemptLine, FailedLine
+from app.domain.attempt_lines import FailedLine
 from app.logs import configure_logging
 from bitwright.errors import BitwrightError
-from bitwright.events import ErrorData
+from bitwright.events import ErrorData, Message
 
 REPORT_FD = "BITWRIGHT_REPORT_FD"
 SUPERVISOR_PID = "BITWRIGHT_SUPERVISOR_PID"
@@ -90,7 +90,7 @@ class ReportPipe:
         os.set_inheritable(self._fd, False)
         self._lock = threading.Lock()
 
-    def write(self, line: AttemptLine) -> None:
+    def write(self, line: Message) -> None:
         """Send one line; blocks while the supervisor is slow."""
         data = line.model_dump_json().encode() + b"\n"
         with self._lock:

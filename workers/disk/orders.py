@@ -62,6 +62,18 @@ class FetchOrder(BaseModel):
         return {field: text for field, text in known.items() if text is not None} | self.others
 
 
+class PublishOrder(BaseModel):
+    """Files under `folder` to commit, by their paths in it, to a repository of the Hub."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job_id: str
+    repository: str
+    private: bool
+    force: bool
+    folder: str
+
+
 class RuntimePlace(Message):
     """A runtime of a worker.
 

@@ -20,6 +20,7 @@ SUPERVISION = (
     "workers/__main__.py",
     "workers/sweep.py",
     "workers/child/fetch.py",
+    "workers/child/publish.py",
     "workers/child/examination.py",
     "workers/disk/hub_cache.py",
 )

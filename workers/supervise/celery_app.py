@@ -26,6 +26,7 @@ from app.logs import configure_logging
 from app.queue import WORK_TASK, celery_app, queue_name
 from workers.supervise.context import WorkerContext
 from workers.supervise.heartbeat import Heartbeat
+from workers.supervise.publish.publisher import Publisher
 from workers.supervise.runner import Runner
 
 SHORTEST_PAUSE_SECONDS = 1.0
@@ -77,13 +78,15 @@ def run_worker(context: WorkerContext) -> None:
     warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
     signals.setup_logging.connect(lambda **_: configure_logging(context.settings), weak=False)
     signals.worker_shutting_down.connect(lambda **_: context.stopping.set(), weak=False)
-    heartbeat, runner = Heartbeat(context), Runner(context)
+    heartbeat, runner, publisher = Heartbeat(context), Runner(context), Publisher(context)
     with _stopping_on_signals(context.stopping):
         heartbeat.start()
         runner.start()
+        publisher.start()
         try:
             _listen(context, runner.notify)
         finally:
+            publisher.stop()
             runner.stop()
             heartbeat.stop()
 

@@ -8,7 +8,7 @@ from app.api.auth import Reader
 from app.api.deps import BlobsOf, DatabaseOf, LaterOf
 from app.api.http.content import IMMUTABLE, REVALIDATED
 from app.api.hub.answers import HubRoute, NoRepository
-from app.api.hub.repositories import find_repository
+from app.api.hub.repositories import file_of, find_repository
 
 router = APIRouter(tags=["hub"], route_class=HubRoute)
 
@@ -35,7 +35,7 @@ def get_file(
     """The bytes of a file, or one range of them. `ETag` is its SHA-256, `X-Repo-Commit` the commit that it is of."""
     with database.reading() as session:
         branch = find_repository(session, principal.tenant_id, namespace, repository).at(revision)
-    file = branch.file(path)
+    file = file_of(branch, path)
     headers = {
         "Cache-Control": IMMUTABLE if revision == branch.commit else REVALIDATED,
         "X-Repo-Commit": branch.commit,

@@ -13,8 +13,9 @@ from app.api.auth import Reader
 from app.api.deps import DatabaseOf
 from app.api.http.documentation import problems, text_header
 from app.api.hub.answers import HubRoute, NoEntry, NoRepository
-from app.api.hub.repositories import MAIN, Branch, Repository, find_repository
+from app.api.hub.repositories import Repository, find_repository
 from app.domain.access import Principal, Scope
+from app.store.hub.branches import MAIN, Branch
 from app.store.models import Artifact, Job
 from app.store.session import Database
 from app.store.tenancy.tenants import tenant_name

@@ -1,7 +1,6 @@
 """A finished job as a repository: a branch for its result, one for each checkpoint it keeps, a commit for each."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
@@ -9,35 +8,13 @@ from sqlalchemy.orm import Session
 from app.api.hub.answers import NoEntry, NoRepository, NoRevision
 from app.domain.request.job_name import JOBS, repository_of
 from app.store.artifacts import ArtifactRepository
+from app.store.hub.branches import Branch, branches
 from app.store.hub.names import job_of_name
 from app.store.ids import is_id
 from app.store.jobs import JobRepository
 from app.store.models import Artifact, Job
-from bitwright.delivery import delivery
 from bitwright.errors import NotFound
 from bitwright.job_states import JobStatus
-
-MAIN = "main"
-LAYOUT = b"bitwright commit 1\n"
-"""Part of every commit's id: a change of how files are laid out changes it."""
-
-
-@dataclass(frozen=True)
-class Branch:
-    """Files by path, and the id of the commit that holds them: 40 hexadecimal digits, decided by them alone."""
-
-    commit: str
-    files: Mapping[str, Artifact]
-
-    def file(self, path: str) -> Artifact:
-        """The file at a path.
-
-        Raises:
-            NoEntry: there is none.
-        """
-        if path not in self.files:
-            raise NoEntry(f"there is no file {path!r} in {self.commit}", self.commit)
-        return self.files[path]
 
 
 @dataclass(frozen=True)
@@ -89,23 +66,12 @@ def _find_job(session: Session, tenant_id: str, namespace: str, name: str) -> Jo
     return None if "\0" in full else job_of_name(session, tenant_id, full)
 
 
-def branches(job: Job, artifacts: Sequence[Artifact]) -> dict[str, Branch]:
-    """All branches of a job with these files; `main` comes first.
+def file_of(branch: Branch, path: str) -> Artifact:
+    """The file at a path.
 
-    The result's model is at the root of `main`. An adapter that belongs to it is in a folder of its name.
+    Raises:
+        NoEntry: there is none.
     """
-    kept: dict[str, dict[str, Artifact]] = {}
-    for artifact in artifacts:
-        kept.setdefault(artifact.format, {})[artifact.path] = artifact
-    if not kept:
-        return {MAIN: _branch({})}
-    first, *others = delivery(list(kept), job.request)
-    result = {**kept[first], **{f"{each}/{path}": file for each in others for path, file in kept[each].items()}}
-    return {MAIN: _branch(result), **{name: _branch(files) for name, files in kept.items()}}
-
-
-def _branch(files: Mapping[str, Artifact]) -> Branch:
-    digest = hashlib.sha256(LAYOUT)
-    for path in sorted(files):
-        digest.update(f"{len(path.encode())} {path} {files[path].sha256}\n".encode())
-    return Branch(commit=digest.hexdigest()[:40], files={path: files[path] for path in sorted(files)})
+    if path not in branch.files:
+        raise NoEntry(f"there is no file {path!r} in {branch.commit}", branch.commit)
+    return branch.files[path]

@@ -8,6 +8,7 @@ from app.api.tenancy.limit_headers import Limit, tell_limit
 from app.domain.access import Principal
 from app.domain.inputs.roots import roots_of
 from app.domain.request.job_request import JobRequest
+from app.domain.request.publishing import Publish
 from app.settings import Settings
 from app.store.idempotency import Idempotency
 from app.store.jobs import JobRepository
@@ -16,7 +17,7 @@ from app.store.tenancy.audit import record
 from app.store.tenancy.hub_tokens import TOKEN_FIELD, Vault, keep_token
 from app.store.tenancy.tenants import Policy, policy_of
 from app.store.tenancy.usage import cost_micros, money
-from bitwright.errors import QueuedJobsExceeded
+from bitwright.errors import Conflict, InvalidRequest, QueuedJobsExceeded
 from bitwright.money import Money
 
 
@@ -48,6 +49,7 @@ def queue_job(
         InvalidRequest: see `JobRepository.add`; or there is a token, and the service cannot keep one.
         KeyReused: the key was used for another request.
     """
+    require_token(policy, request.publish, token, field="publish")
     room = require_job_room(session, principal.tenant_id, policy)
     job = JobRepository(session, principal.tenant_id).add(request, recipe=recipe, idempotency=idempotency)
     if job.replayed:
@@ -59,6 +61,29 @@ def queue_job(
     details = {"method": job.method, "model": job.model[:200], "own_hub_token": token is not None}
     record(session, actor(principal), "job.submitted", job.id, details)
     return job
+
+
+def require_hub(settings: Settings, publish: Publish | None) -> None:
+    """Check that workers may reach the Hub, if something is to be published.
+
+    Raises:
+        Conflict: the operator does not let them.
+    """
+    if publish is not None and not settings.hub_enabled:
+        hint = "ask the operator to set BITWRIGHT_HUB_ENABLED"
+        raise Conflict("this service may not reach the Hub", field="publish", value=publish.hub, hint=hint)
+
+
+def require_token(policy: Policy, publish: Publish | None, token: str | None, *, field: str) -> None:
+    """Check that there is a token to publish with: one that came along, or the tenant's.
+
+    Raises:
+        InvalidRequest: there is none. The service's own, which fetches for all, writes for nobody.
+    """
+    if publish is None or token is not None or policy.own_token:
+        return
+    hint = "send one in the header X-Hub-Token, or have the operator keep one for your tenant"
+    raise InvalidRequest("there is no Hub token to publish with", field=field, value=publish.hub, hint=hint)
 
 
 def estimated_cost(estimates: dict[str, object], settings: Settings) -> dict[str, Money]:

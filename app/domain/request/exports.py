@@ -119,6 +119,7 @@ def export_request(base: JobRequest, job_id: str, asked: ExportRequest) -> JobRe
         "time_limit_seconds": None,
         "metadata": asked.metadata,
         "name": None,
+        "publish": None,
     }
     return base.model_copy(update=changed)
 

@@ -22,6 +22,7 @@ from app.domain.request.job_name import JobName
 from app.domain.request.loading_rules import loading_problems
 from app.domain.request.mixtures import MixedPart, demand_whole
 from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems, text_problems, with_new_problems
+from app.domain.request.publishing import Publish, publishing_problems
 from app.domain.request.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
 from app.domain.request.sources import BuiltinText, CalibrationSource, DatasetSource, ModelSource
 from app.domain.request.task_problems import task_problems
@@ -209,6 +210,9 @@ class JobRequest(RequestPart):
         "job of yours has it, until that job is deleted.",
         examples=["llama-w4"],
     )
+    publish: Publish | None = Field(
+        default=None, description="Repository on the Hub that gets the result once the job has succeeded."
+    )
 
     @property
     def exports(self) -> bool:
@@ -241,6 +245,9 @@ class JobRequest(RequestPart):
             loads = None if request.require is None else request.require.loads
             problems = with_new_problems(problems, loading_problems(request.verify, loads, request.formats))
             problems = with_new_problems(problems, _task_problems(request))
+            problems = with_new_problems(
+                problems, publishing_problems(request.publish, request.formats, request.finetune is not None)
+            )
         problems += _adapter_problems(expansion)
         problems += _format_problems(expansion, body, None if base_job is None else base_job.folded)
         if problems:

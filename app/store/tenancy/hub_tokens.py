@@ -12,13 +12,14 @@ from pydantic import SecretStr
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from app.store.clock import now
+from app.store.clock import now, seconds_from_now
 from app.store.models import HubToken
 from app.store.upsert import upsert
 from bitwright.errors import InvalidRequest, StorageError
 from bitwright.tenancy import TOKEN_PATTERN
 
 TOKEN_FIELD = "header.X-Hub-Token"  # noqa: S105 (a name)
+JOB_TOKEN_SECONDS = 30 * 86_400.0
 NO_KEY_HINT = "the operator sets BITWRIGHT_TOKEN_KEYS; `bitwright tenants token-key` makes one"
 
 
@@ -87,6 +88,14 @@ def keep_token(
 def erase_token(session: Session, owner: str) -> None:
     """Forget the token of a tenant or a job."""
     session.execute(delete(HubToken).where(HubToken.owner == owner))
+
+
+def remove_old_tokens(session: Session) -> int:
+    """Forget tokens of jobs that have been kept for `JOB_TOKEN_SECONDS`, whatever became of the jobs; their number."""
+    old = delete(HubToken).where(
+        HubToken.job_id.is_not(None), HubToken.created_at <= seconds_from_now(-JOB_TOKEN_SECONDS)
+    )
+    return len(session.execute(old.returning(HubToken.owner)).all())
 
 
 def token_of(session: Session, vault: Vault, *, tenant_id: str, job_id: str) -> str | None:

@@ -17,6 +17,7 @@ FILES = [{"name": "t.jsonl", "size": 1, "sha256": "0" * 64}]
 BODIES = {
     "create_job": SHORTHAND,
     "export_job": {"formats": ["gguf"]},
+    "publish_job": {"hub": "acme/walk"},
     "create_upload": {"files": FILES},
     "create_tenant": {"name": "made-by-the-walk"},
     "change_tenant": {"suspended": True},
