@@ -219,7 +219,8 @@ def test_a_gpu_s_factors_are_as_near_the_optimum_and_repeat() -> None:
     optima = [torch.linalg.svdvals(e.double())[:, 64:].norm(dim=-1) for e in (first, second)]
     runs = []
     for _ in range(2):
-        follow = FollowedFactors(64, *(torch.ones(3, n, device="cuda") for n in (1536, 576)), seed=4)
+        rows, columns = torch.ones(3, 1536, device="cuda"), torch.ones(3, 576, device="cuda")
+        follow = FollowedFactors(64, rows, columns, seed=4)
         runs.append([torch.matmul(*follow.of(e.cuda())).cpu() for e in (first, second)])
     for e, optimum, product, again in zip((first, second), optima, *runs, strict=True):
         assert torch.equal(product, again)

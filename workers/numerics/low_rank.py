@@ -199,7 +199,8 @@ def _round(wide: Tensor, last: _Ritz) -> _Ritz:
     kept, scale = (last.vectors * held).to(wide.dtype), (2 / least).unsqueeze(-1).to(wide.dtype)
 
     def beside(images: Tensor) -> Tensor:
-        return images - kept @ (kept.mT @ images)
+        others: Tensor = images - kept @ (kept.mT @ images)
+        return others
 
     before = (last.vectors * free).to(wide.dtype)
     now = beside((last.images * free).to(wide.dtype)) * scale - before
@@ -222,7 +223,7 @@ def _orthonormal(directions: Tensor) -> Tensor:
 
     What is added to the first one's diagonal keeps it positive where directions depend on each other.
     """
-    basis = directions.double()
+    basis: Tensor = directions.double()
     basis = basis / torch.linalg.vector_norm(basis, dim=-2, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     for _ in range(2):
         products = basis.mT @ basis

@@ -170,7 +170,7 @@ def _stacked_errors(groups: Tensor, maxima: Tensor, levels: Tensor, rows: Tensor
     """Squared errors (configurations,) of groups (out, groups, width) by their stored maxima (configurations, out,
     groups)."""
     at_once = max(1, (CACHED if groups.device.type == "cpu" else STACKED) // groups.numel())
-    return torch.cat([_squares(groups, part, levels, rows, columns) for part in maxima.split(at_once)])
+    return torch.cat([_squares(groups, part, levels, rows, columns) for part in torch.split(maxima, at_once)])
 
 
 def _squares(groups: Tensor, maxima: Tensor, levels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

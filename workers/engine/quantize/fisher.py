@@ -191,9 +191,8 @@ def _together(
     leaf = hidden.requires_grad_()
     with torch.enable_grad(), _calls_of(linears) as calls:
         output = forward(leaf)
-    if any(
-        not each or any(x.shape[:2] != hidden.shape[:2] or x.dim() != 3 for x, _ in each) for each in calls.values()
-    ):
+    apart = all(x.dim() == 3 and x.shape[:2] == hidden.shape[:2] for each in calls.values() for x, _ in each)
+    if not apart or not all(calls.values()):
         return None
     outputs = [y for each in calls.values() for _, y in each]
     by_inputs, *gradients = torch.autograd.grad(
