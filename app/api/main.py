@@ -23,6 +23,7 @@ from app.api.hub import publishing
 from app.api.metrics import Metrics
 from app.api.pages import catalogue, compare, documentation, entrance, job, submit
 from app.api.pages import jobs as job_list
+from app.api.pages import keys as key_page
 from app.api.submission import exports
 from app.api.submission.hub_child import HubChild
 from app.api.submission.kept import Kept
@@ -45,7 +46,7 @@ QUEUE_SECONDS = 1.0
 HUB_MODULES = (hub_models, hub_files, publishing)
 ADMIN_MODULES = (tenants, keys, usage, audit)
 ROUTERS = tuple(module.router for module in (*MODULES, *HUB_MODULES, *ADMIN_MODULES))
-PAGES = tuple(module.router for module in (entrance, job_list, job, submit, compare, catalogue))
+PAGES = tuple(module.router for module in (entrance, job_list, job, submit, compare, catalogue, key_page))
 """Routers of the dashboard."""
 
 

@@ -1,4 +1,4 @@
-"""Pages on models of earlier jobs, methods and formats, workers, usage and keys."""
+"""Pages on models of earlier jobs, methods and formats, workers and usage."""
 
 from fastapi import Request
 from starlette.responses import Response
@@ -7,12 +7,10 @@ from app.api.deps import DatabaseOf
 from app.api.pages.rendering import page
 from app.api.pages.session import VisitorOf, page_router
 from app.api.workers import get_workers
-from app.domain.access import Scope
 from app.domain.adapters import ADAPTERS
 from app.domain.formats import FORMATS
 from app.domain.inputs.architectures import ARCHITECTURES
 from app.domain.methods import METHODS
-from app.store.tenancy.keys import list_keys
 from app.store.tenancy.totals import models_of, usage_of
 from app.store.workers import waiting
 
@@ -55,12 +53,3 @@ def show_usage(request: Request, found: VisitorOf, database: DatabaseOf) -> Resp
     with database.reading() as session:
         usage = usage_of(session, found.principal.tenant_id)
     return page(request, "usage", visitor=found, usage=usage)
-
-
-@router.get("/keys")
-def show_keys(request: Request, found: VisitorOf, database: DatabaseOf) -> Response:
-    """The keys of the visitor's tenant, of which only the first characters are known."""
-    found.demand(Scope.ADMIN)
-    with database.reading() as session:
-        keys = list_keys(session, found.principal.tenant_id)
-    return page(request, "keys", visitor=found, keys=keys)
