@@ -74,6 +74,7 @@ def test_a_visit(chromium: Any, site: Site, tiny_model: Path, tmp_path: Path) ->
     download(site, job_id)
     compare(site, [job_id, *others])
     looks(site, job_id, [job_id, *others])
+    keys(site)
     keyboard(site)
     assert site.complaints == []
     log_out(site, job_id)
@@ -160,6 +161,20 @@ def looks(site: Site, job_id: str, jobs: list[str]) -> None:
                 assert violations(page) == [], (scheme, size, path)
                 assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], (size, path)
     page.set_viewport_size(WIDE)
+
+
+def keys(site: Site) -> None:
+    """A key is made and revoked on its page; axe finds nothing where its text is shown."""
+    page = site.page
+    site.open("/keys")
+    page.get_by_label("Name").fill("for a program")
+    page.get_by_label("Days that it is valid").fill("30")
+    page.get_by_role("button", name="Make the key").click()
+    page.wait_for_selector("[role=status] code")
+    assert page.locator("[role=status] code").inner_text().startswith("bw_")
+    assert violations(page) == []
+    page.get_by_role("button", name="Revoke for a program").click()
+    page.wait_for_selector("td:has-text('revoked')")
 
 
 def keyboard(site: Site) -> None:
