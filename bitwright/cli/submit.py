@@ -1,7 +1,7 @@
 """`bitwright submit`: a request from flags, from a YAML or JSON file, or from a file with flags on top."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from bitwright import Client
 from bitwright.cli.connection import DataDirOption, KeyOption, UrlOption, connect
 from bitwright.cli.job_details import preflight_table
 from bitwright.cli.jobs import JsonOption, parse_labels, print_json
@@ -50,7 +51,9 @@ def submit(
     rank: Annotated[int | None, typer.Option(help="Of the adapter, or of the method's low-rank factors.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Kind of adapter to train: see GET /v1/methods.")] = None,
     merge: Annotated[str | None, typer.Option(help="Put the adapter into the weights: quantized or 16bit.")] = None,
-    train: Annotated[str | None, typer.Option(help="Text that an adapter learns: Hub id, JSONL, upload.")] = None,
+    train: Annotated[
+        str | None, typer.Option(help="Text that an adapter learns: Hub id, upload, or JSONL, which is sent.")
+    ] = None,
     train_steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="In place of steps: times that the text is read.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a training step.")] = None,
@@ -130,6 +133,7 @@ def submit(
     if not evaluation:
         body["evaluation"] = None
     with connect(url, key, data_dir) as client:
+        send_files(client, body, [_absolute(train), *(part["dataset"] for part in _parts(body))])
         if dry_run:
             answer = client.preflight(body)
             print_json(answer) if as_json or not out().is_terminal else out().print(preflight_table(answer))
@@ -239,6 +243,26 @@ def set_training(
         set_section(body, "adapter", {"kind": adapter, "rank": rank})
     else:
         set_fields(body.get("quantization", body), {"rank": rank})
+
+
+def send_files(client: Client, body: dict[str, Any], sources: Iterable[object]) -> None:
+    """Send the files of this machine among the sources that flags name, and name the uploads in their place."""
+    sent = {source: client.upload([Path(source)]).id for source in _files(sources)}
+    parts = [*_parts(body), *([body["finetune"]] if isinstance(body.get("finetune"), dict) else [])]
+    for part in parts:
+        part["dataset"] = sent.get(str(part.get("dataset")), part.get("dataset"))
+
+
+def _files(sources: Iterable[object]) -> list[str]:
+    return [source for source in dict.fromkeys(sources) if isinstance(source, str) and Path(source).is_file()]
+
+
+def _parts(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Parts of the mixture and the tasks of a request that are objects with a dataset."""
+    calibration, evaluation = (body.get(name) or {} for name in ("calibration", "evaluation"))
+    lists = (calibration.get("dataset"), evaluation.get("tasks"))
+    parts = [part for each in lists if isinstance(each, list) for part in each]
+    return [part for part in parts if isinstance(part, dict) and isinstance(part.get("dataset"), str)]
 
 
 def parse_mixture(parts: list[str]) -> list[dict[str, Any]]:
