@@ -24,12 +24,12 @@ def test_a_ratio_has_the_standard_error_that_a_bootstrap_finds(make: object) -> 
     first = -words * draw.normal(3.0, 0.4, 300)
     second = first - words * draw.normal(0.05, 0.02, 300)
     one, two = make(first, words), make(second, words)
-    chosen = [draw.integers(0, 300, 300) for _ in range(1500)]
+    chosen = [draw.integers(0, 300, 300) for _ in range(400)]
     alone = [make(first[rows], words[rows]).value for rows in chosen]
     apart = [make(second[rows], words[rows]).value - make(first[rows], words[rows]).value for rows in chosen]
     made = figure("x", False, one, two)
-    assert made.original_stderr == pytest.approx(np.std(alone), rel=0.12)
-    assert made.difference_stderr == pytest.approx(np.std(apart), rel=0.12)
+    assert made.original_stderr == pytest.approx(np.std(alone), rel=0.2)
+    assert made.difference_stderr == pytest.approx(np.std(apart), rel=0.2)
     apart_from, alone_from = made.difference_stderr, made.original_stderr
     assert apart_from is not None
     assert alone_from is not None

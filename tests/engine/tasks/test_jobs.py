@@ -92,7 +92,7 @@ GOOD = {"question": "a b", "choices": ["c", "d"], "answer": 1}
     ],
 )
 def test_a_row_that_cannot_be_asked_is_named_by_its_line(
-    kind: str, row: dict[str, Any], words: str, write_lines: Callable[..., Path], single_model: Path
+    kind: str, row: dict[str, Any], words: str, write_lines: Callable[..., Path]
 ) -> None:
     rows = [GOOD, row] if kind == "multiple_choice" else [row]
     with pytest.raises(InvalidDataset, match=words) as refused:
