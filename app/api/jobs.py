@@ -1,11 +1,12 @@
 """Jobs: submit, look, cancel, pause, resume, retry, delete."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
+from sqlalchemy.orm import Session
 from starlette.datastructures import QueryParams
 
 from app.api.auth import Reader, Submitter
@@ -22,10 +23,12 @@ from app.api.deps import (
     VaultOf,
 )
 from app.api.http.documentation import problems, text_header
+from app.api.metrics import Metrics
 from app.api.representations import job_view
 from app.api.submission.alternatives import near_by
 from app.api.submission.base_jobs import find_base_job
 from app.api.submission.capacity import capacity_warnings, require_capacity
+from app.api.submission.hub_child import Looks
 from app.api.submission.job_examples import REQUEST_BODY
 from app.api.submission.kept import Kept
 from app.api.submission.preflight import find_sources, judge_model, look_at_hub
@@ -37,11 +40,15 @@ from app.api.tenancy.queueing import (
     require_hub,
 )
 from app.api.views import JobView, PreflightView
+from app.domain.access import Principal
 from app.domain.request.asked_recipe import asked_recipe
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import LocalModel
+from app.inspection.inspector import Inspector
 from app.queue import notify_workers
+from app.settings import Settings
 from app.store.artifacts import ArtifactRepository
+from app.store.blobs import BlobStore
 from app.store.idempotency import Idempotency
 from app.store.ids import id_pattern
 from app.store.job_pages import JobFilters
@@ -49,7 +56,7 @@ from app.store.jobs import JobRepository
 from app.store.models import Job
 from app.store.session import Database
 from app.store.tenancy.audit import record
-from app.store.tenancy.hub_tokens import TOKEN_FIELD, checked_token, keep_token
+from app.store.tenancy.hub_tokens import TOKEN_FIELD, Vault, checked_token, keep_token
 from app.store.tenancy.quotas import require_queue_room
 from app.store.uploads import UploadRepository
 from app.store.waiting import Place
@@ -133,6 +140,50 @@ def create_job(
 
     With `base_job`, or a job's id as `model`, finetuning starts from that job's result instead of quantizing.
     """
+    return submit_job(
+        body=body,
+        response=response,
+        background=background,
+        principal=principal,
+        settings=settings,
+        database=database,
+        blobs=blobs,
+        metrics=metrics,
+        hub=hub,
+        queue=queue,
+        inspector=inspector,
+        vault=vault,
+        http=http,
+        hub_token=hub_token,
+        dry_run=dry_run,
+        idempotency_key=idempotency_key,
+    )
+
+
+def submit_job(
+    *,
+    body: Any,
+    response: Response,
+    background: BackgroundTasks,
+    principal: Principal,
+    settings: Settings,
+    database: Database,
+    blobs: BlobStore,
+    metrics: Metrics,
+    hub: Looks | None,
+    queue: Kept[Mapping[str, Place]],
+    inspector: Inspector,
+    vault: Vault,
+    http: Request,
+    hub_token: SecretStr | None = None,
+    dry_run: bool = False,
+    idempotency_key: str | None = None,
+    then: Callable[[Session, Job], None] | None = None,
+) -> Any:
+    """The answer to a submission; see `create_job`.
+
+    then   done with a new job in the transaction that queues it
+    """
     body = with_whole_numbers(body)
     with database.reading() as session:
         tenant = (session, principal.tenant_id)
@@ -186,6 +237,8 @@ def create_job(
             vault=vault,
             token=token,
         )
+        if then is not None and not job.replayed:
+            then(session, job)
         alive_classes = live_classes(session)
     queue.forget()
     view_of_job = accepted(job, response, queue)

@@ -21,6 +21,8 @@ from app.api.hub import files as hub_files
 from app.api.hub import models as hub_models
 from app.api.hub import publishing
 from app.api.metrics import Metrics
+from app.api.openai import files as openai_files
+from app.api.openai import fine_tuning
 from app.api.pages import catalogue, compare, documentation, entrance, job, submit
 from app.api.pages import jobs as job_list
 from app.api.pages import keys as key_page
@@ -40,7 +42,11 @@ from app.store.tenancy.hub_tokens import Vault
 from app.store.tenancy.keys import good_keys
 from app.store.waiting import Place, places
 
-MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health)
+OPENAI_MODULES = (openai_files, fine_tuning)
+MODULES = (
+    *(jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health),
+    *OPENAI_MODULES,
+)
 QUEUE_SECONDS = 1.0
 """Places of queued jobs are so old at the most; of what this process itself has queued or cancelled, new."""
 HUB_MODULES = (hub_models, hub_files, publishing)

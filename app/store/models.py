@@ -235,6 +235,17 @@ class Publication(Base):
     lease_expires_at: Mapped[datetime | None]
 
 
+class FineTuningJob(Base):
+    """A job that came through OpenAI's interface, with what was asked there."""
+
+    __tablename__ = "fine_tuning_job"
+    __table_args__ = (Index("ix_fine_tuning_job_tenant_id_job_id", "tenant_id", "job_id"),)
+
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"))
+    asked: Mapped[JsonObject]
+
+
 class JobUpload(Base):
     """An upload that a job reads; it cannot be deleted while the job may still run."""
 

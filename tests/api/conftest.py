@@ -58,6 +58,12 @@ class Api:
         assert response.status_code == 202, response.text
         return str(response.json()["id"])
 
+    def send_file(self) -> str:
+        """Send a text through OpenAI's interface; its id."""
+        row = b'{"messages": [{"role": "user", "content": "theirs"}, {"role": "assistant", "content": "theirs"}]}'
+        form = {"files": {"file": ("theirs.jsonl", row)}, "data": {"purpose": "fine-tune"}}
+        return str(self.client.post("/v1/files", **form).json()["id"])  # type: ignore[arg-type]
+
     def claim(self) -> Claim:
         """Take the next job, as a worker does."""
         with self.database.transaction() as session:
@@ -124,6 +130,16 @@ def problem(response: Answer, status: int, code: str) -> dict[str, object]:
     assert (body["status"], body["code"]) == (status, code), body
     assert body["request_id"] == response.headers["x-request-id"]
     return body
+
+
+def openai_error(response: Answer, status: int, code: str) -> dict[str, object]:
+    """The error of an answer of OpenAI's interface that must be one."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error: dict[str, object] = response.json()["error"]
+    assert error["code"] == code, error
+    assert error["request_id"] == response.headers["x-request-id"]
+    return error
 
 
 def make_settings(folder: Path, database_url: str, **fields: object) -> Settings:

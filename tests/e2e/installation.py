@@ -163,9 +163,14 @@ class Installation:
     @cached_property
     def client(self) -> Client:
         """A patient client: the API may be killed under it."""
+        return Client(
+            f"http://127.0.0.1:{self.port}", self.new_key(), retry=RetryPolicy(attempts=40, longest_seconds=2.0)
+        )
+
+    def new_key(self) -> str:
+        """A new key of the tenant."""
         with self.database.transaction() as session:
-            _, key = issue_key(session, self.tenant_id, name="e2e", scopes=frozenset(Scope))
-        return Client(f"http://127.0.0.1:{self.port}", key, retry=RetryPolicy(attempts=40, longest_seconds=2.0))
+            return issue_key(session, self.tenant_id, name="e2e", scopes=frozenset(Scope))[1]
 
     def submit(self, script: str = "", **fields: object) -> str:
         """Queue a job by HTTP; its id. `script` is for scripted workers, which have nothing to be read back."""

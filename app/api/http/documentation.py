@@ -3,6 +3,8 @@
 from typing import Any
 
 from app.api.http.errors import MEDIA_TYPE
+from app.api.openai.errors import is_openais
+from app.api.openai.request import FineTuningRequest
 from app.domain.request.job_request import JobRequest
 from bitwright.errors import ERRORS, QuotaExceeded, RequestError
 from bitwright.views import Problem
@@ -26,6 +28,7 @@ TAGS = [
     {"name": "artifacts", "description": "The files that a job made."},
     {"name": "uploads", "description": "Send a checkpoint or a text in parts."},
     {"name": "hub", "description": "Finished jobs as repositories, for clients of a Hub with `HF_ENDPOINT`."},
+    {"name": "openai", "description": "Files and finetuning jobs for OpenAI's clients, whose errors have its shape."},
     {"name": "catalogue", "description": "What there is: methods, formats, workers."},
     {"name": "admin", "description": "For operators: tenants, their keys, quotas, use and the audit log."},
     {"name": "health", "description": "For orchestrators and monitoring."},
@@ -43,7 +46,7 @@ def problems(*codes: str, public: bool = False) -> dict[int | str, dict[str, Any
 def complete_document(document: dict[str, Any]) -> dict[str, Any]:
     """Add the schemas that only descriptions refer to, and what any POST may be answered with."""
     schemas = document["components"]["schemas"]
-    for model in (Problem, JobRequest):
+    for model in (Problem, JobRequest, FineTuningRequest):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= {name: definition for name, definition in schema.pop("$defs", {}).items() if name not in schemas}
         schemas.setdefault(model.__name__, schema)
@@ -51,6 +54,9 @@ def complete_document(document: dict[str, Any]) -> dict[str, Any]:
         if path.startswith("/v1/") and "post" in item:
             # Counted before the route is reached, whichever it is.
             item["post"]["responses"].setdefault("429", _problem(429, ["rate_limit_exceeded"]))
+        if is_openais(path):
+            for operation in item.values():
+                operation["responses"].pop("422", None)  # the framework's own: here such a request is answered with 400
     return document
 
 

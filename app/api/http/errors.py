@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Route
 
+from app.api.openai.errors import error_response, is_openais
 from app.api.tenancy.limit_headers import limit_of, tell_limit
 from app.domain.full_disk import disk_full
 from app.domain.request.problems import unknown_field
@@ -51,7 +52,10 @@ def install_error_handlers(app: FastAPI) -> None:
 def problem_response(
     error: BitwrightError, *, instance: str, request_id: str | None, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """The problem document of an error, with the headers that its status asks for."""
+    """The problem document of an error, with the headers that its status asks for; OpenAI's paths have its shape."""
+    extra = _headers(error, headers)
+    if is_openais(instance):
+        return error_response(error, request_id=request_id, headers=extra)
     problem = Problem(
         type=f"urn:bitwright:problem:{error.code}",
         title=error.title,
@@ -67,13 +71,17 @@ def problem_response(
         request_id=request_id,
     )
     content = problem.model_dump(mode="json", exclude_none=True, by_alias=True)
+    return JSONResponse(content, status_code=error.status, headers=extra, media_type=MEDIA_TYPE)
+
+
+def _headers(error: BitwrightError, headers: Mapping[str, str] | None) -> dict[str, str]:
     extra = dict(headers or {})
     if error.status == HTTPStatus.UNAUTHORIZED:
         extra["WWW-Authenticate"] = 'Bearer realm="bitwright"'
     if error.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         seconds = error.retry_after_seconds if isinstance(error, QuotaExceeded) else RETRY_AFTER_SECONDS
         extra["Retry-After"] = str(seconds)
-    return JSONResponse(content, status_code=error.status, headers=extra, media_type=MEDIA_TYPE)
+    return extra
 
 
 def respond(request: Request, error: BitwrightError, headers: Mapping[str, str] | None = None) -> Response:

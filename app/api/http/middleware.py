@@ -17,7 +17,7 @@ from app.api.tenancy.limit_headers import limit_headers
 from bitwright.errors import BodyTooLarge, InternalError
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
-UPLOAD_PART = re.compile(r"/v1/uploads/[^/]+/files/[^/]+")
+UPLOAD_PART = re.compile(r"PUT /v1/uploads/[^/]+/files/[^/]+|POST /v1/files")
 QUIET_PATHS = ("/livez", "/readyz", "/metrics")
 
 SECURITY_HEADERS = {
@@ -98,7 +98,7 @@ async def _answer_internal_error(scope: Scope, receive: Receive, send: Send, req
 class BodyLimit:
     """Refuses a body of more than `limit` bytes with 413, by its Content-Length or as soon as it has sent more.
 
-    Parts of an upload are exempt: their size was declared and is checked where they are received.
+    Parts of an upload and files are exempt: their sizes are checked where they are received.
     """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
@@ -106,7 +106,7 @@ class BodyLimit:
         self.limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["method"] == "PUT" and UPLOAD_PART.fullmatch(scope["path"])):
+        if scope["type"] != "http" or UPLOAD_PART.fullmatch(f"{scope['method']} {scope['path']}"):
             await self.app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")

@@ -66,8 +66,8 @@ def declared_parameters(route: Any) -> tuple[list[str], list[str]]:
     """Names of the query parameters that a route reads, and prefixes of those of which it reads any."""
     known = dict.fromkeys(parameter.alias for each in _dependants(route.dependant) for parameter in each.query_params)
     extra = (route.openapi_extra or {}).get("parameters", [])
-    families = [p["name"] for p in extra if p["in"] == "query" and p["schema"].get("type") == "object"]
-    return list(known), [f"{name}." for name in families]
+    families = [p for p in extra if p["in"] == "query" and p["schema"].get("type") == "object"]
+    return list(known), [f"{p['name']}{'[' if p.get('style') == 'deepObject' else '.'}" for p in families]
 
 
 def _unknown_parameter(name: str, known: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ BODIES = {
     "export_job": {"formats": ["gguf"]},
     "publish_job": {"hub": "acme/walk"},
     "create_upload": {"files": FILES},
+    "create_fine_tuning_job": {"model": "org/model", "training_file": "upl_" + "0" * 26},
     "create_tenant": {"name": "made-by-the-walk"},
     "change_tenant": {"suspended": True},
     "set_hub_token": {"token": "hf_x"},
@@ -26,7 +27,10 @@ BODIES = {
     "rotate_key": {"overlap_seconds": 0},
 }
 PUBLIC = {"livez", "readyz", "metrics"}
-SUBMITTERS_READ = {"list_uploads", "get_upload", "head_upload_file"}
+SUBMITTERS_READ = {
+    *("list_uploads", "get_upload", "head_upload_file"),
+    *("list_files", "get_file", "get_file_content"),
+}
 """Reads of what only a submitter has."""
 
 
@@ -41,7 +45,9 @@ def needed(operation_id: str, method: str, path: str) -> Scope:
 @pytest.fixture
 def ids(any_api: Api) -> dict[str, str]:
     """Ids of the first tenant, by the parameter of a path."""
-    job_id = any_api.submit(formats=["native"])
+    file_id = any_api.send_file()
+    asked = {"model": "org/model", "training_file": file_id, "bitwright": {"formats": ["native"], "merge": None}}
+    job_id = any_api.client.post("/v1/fine_tuning/jobs", json=asked).json()["id"]
     any_api.succeed(any_api.claim(), {"native": {"bitwright.json": b"{}", "secret.bin": b"theirs", "folder/x": b""}})
     artifacts = any_api.client.get(f"/v1/jobs/{job_id}/artifacts").json()["items"]
     upload = any_api.client.post("/v1/uploads", json={"files": FILES}).json()["id"]
@@ -50,6 +56,7 @@ def ids(any_api: Api) -> dict[str, str]:
         "job_id": job_id,
         "artifact_id": artifacts[0]["id"],
         "upload_id": upload,
+        "file_id": file_id,
         "name": "t.jsonl",
         "namespace": "jobs",
         "repository": job_id,
@@ -128,6 +135,7 @@ def test_other_tenants_ids_do_not_exist_and_show_nowhere(any_api: Api, ids: dict
     kept = any_api.client.get(f"/v1/jobs/{ids['job_id']}/artifacts").json()["items"]
     assert len(kept) == 3, "nothing of it was changed"
     assert any_api.client.get(f"/v1/uploads/{ids['upload_id']}").json()["status"] == "open"
+    assert any_api.client.get(f"/v1/files/{ids['file_id']}").status_code == 200
 
 
 def test_a_key_of_one_tenant_is_not_anothers(any_api: Api, ids: dict[str, str]) -> None:
