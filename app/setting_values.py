@@ -13,6 +13,7 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 
 from pydantic import SecretStr
 
+from app.domain.webhooks.addresses import network_of
 from bitwright.addresses import check_host, is_host, scheme_of, split_address
 
 MOST_USERS = (1 << 32) - 1
@@ -241,6 +242,15 @@ def hosts(value: tuple[str, ...]) -> tuple[str, ...]:
         if name != "*" and not is_host(name):
             raise ValueError(f"{name!r} is no host's name; give names alone, e.g. quantize.example.org, or *")
     return tuple(name.lower() for name in value)
+
+
+def webhook_places(value: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of hosts, addresses and networks, without scheme or port."""
+    for word in value:
+        if network_of(word) is None and (not is_host(word) or "/" in word):
+            way = "give names, addresses or networks alone, e.g. hooks.internal, 10.1.0.0/16"
+            raise ValueError(f"{word!r} is neither a host nor a network; {way}")
+    return value
 
 
 def process_name(value: str) -> str:

@@ -240,8 +240,15 @@ class Settings(BaseSettings):
         tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_words), AfterValidator(values.token_keys)
     ] = Field(
         default=(),
-        description="Keys that encrypt Hub tokens of tenants and jobs, divided by commas: the first encrypts, all "
+        description="Keys that encrypt Hub tokens and secrets of webhooks, divided by commas: the first encrypts, all "
         "decrypt. `bitwright tenants token-key` makes one.",
+    )
+    webhook_allowed: Annotated[
+        tuple[str, ...], NoDecode, BeforeValidator(_split_words), AfterValidator(values.webhook_places)
+    ] = Field(
+        default=(),
+        description="Hosts and networks, divided by commas, that webhooks may go to though they are not on the public "
+        "internet, and without TLS: hooks.internal, 10.1.0.0/16.",
     )
     audit_retention_days: int | None = Field(
         default=365, ge=1, le=36_500, description="Entries of the audit log older than this are deleted."

@@ -9,6 +9,7 @@ from sqlalchemy.exc import SAWarning
 
 from app.store.models import Base
 from app.store.session import Database, lock_schema
+from app.store.webhooks import tables as _webhooks  # noqa: F401 (its tables are among the metadata)
 
 
 def run(connection: Connection) -> None:

@@ -32,6 +32,7 @@ FILES = MappingProxyType(
         "docs/guides/dashboard.md": "Pages for people, and the report as a file",
         "docs/guides/http.md": "The API with curl",
         "docs/guides/openai.md": "Finetuning with the `openai` package",
+        "docs/guides/webhooks.md": "Calls to addresses of your own when jobs come into a state",
         "docs/guides/python.md": "The client",
         "docs/guides/hub.md": "`hf`, transformers and others on finished jobs",
         "docs/guides/ci.md": "Exit codes, requirements, repeated requests",

@@ -67,6 +67,7 @@ NONSENSE = {
         '{"streams": 1.5}',
     ],
     "token_keys": ["secret", "c2VjcmV0", "secret" * 8, "sécret"],
+    "webhook_allowed": ["http://hooks.internal", "10.0.0.0/99", "hooks.internal:8080", "a/b"],
     "audit_retention_days": ["0", "-1", "week", "1e6"],
     "price_per_gpu_hour": ["-1", "free", "inf", "nan", "0.0000001", "2 EUR"],
     "price_per_cpu_hour": ["-1", "free", "nan"],

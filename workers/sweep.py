@@ -3,7 +3,7 @@
 Each round it takes back jobs whose workers fell silent, notifies idle workers where jobs wait, and every ten minutes
 deletes what is past its retention. Many may run: a lease in the database lets one work. It needs the database alone;
 with the broker away it goes on, and notifies again when the broker is back. Without any sweep jobs still start, and
-idle workers take back what others lost.
+idle workers take back what others lost. Beside the rounds, a courier sends webhooks, in each process that runs.
 """
 
 import os
@@ -29,6 +29,7 @@ from app.store.tenancy.hub_tokens import remove_old_tokens
 from app.store.tenancy.page_sessions import remove_expired_sessions
 from app.store.upkeep.garbage import ROWS_A_TRANSACTION, collect_blobs, remove_expired_keys, remove_old_jobs
 from app.store.uploads import remove_expired_uploads
+from app.store.webhooks.deliveries import remove_old_deliveries
 from app.store.workers import forget_workers, list_workers, live_classes, sweep_lease, waiting
 from bitwright.errors import Unavailable
 from bitwright.job_states import DeviceClass
@@ -39,6 +40,10 @@ RETENTION_SECONDS = 600.0
 """Between two rounds of throwing away."""
 UNSEEN_SECONDS = 86_400.0
 DAY = 86_400.0
+DELIVERY_DAYS = 30.0
+"""So long the log of webhooks' deliveries is kept."""
+JOIN_SECONDS = 2.0
+"""Time that a message which is being sent has left at the end: it is due again later."""
 
 log = structlog.get_logger("workers.sweep")
 
@@ -108,7 +113,8 @@ class Sweep:
         with self._database.transaction() as session:
             kept = self._settings.audit_retention_days
             entries = remove_old_entries(session, older_than_seconds=kept * DAY) if kept else 0
-        more |= entries == REMOVED_AT_ONCE
+            deliveries = remove_old_deliveries(session, older_than_seconds=DELIVERY_DAYS * DAY)
+        more |= REMOVED_AT_ONCE in (entries, deliveries)
         for upload_id in uploads:
             shutil.rmtree(self._settings.upload_dir / upload_id, ignore_errors=True)
         if more:
@@ -148,12 +154,20 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     database = Database(settings.database_url)
+    # Signatures need a library that nothing else of a sweep does.
+    from workers.webhooks.courier import Courier  # noqa: PLC0415
+
+    courier = Courier(settings, database)
+    sending = threading.Thread(target=courier.run, args=(stopping,), name="courier", daemon=True)
     holder = f"{socket.gethostname()}.{os.getpid()}.{new_id('wrk')}"
     sweep = Sweep(settings, database, open_blobs(settings.blob_url), holder)
     log.info("sweep_started", holder=holder, interval=settings.sweep_interval_seconds)
+    sending.start()
     try:
         run(sweep, settings.sweep_interval_seconds, stopping)
     finally:
+        stopping.set()
+        sending.join(JOIN_SECONDS)
         database.close()
     return 0
 

@@ -31,6 +31,7 @@ from app.api.submission.hub_child import HubChild
 from app.api.submission.kept import Kept
 from app.api.tenancy.later import WrittenLater
 from app.api.tenancy.store_gauges import StoreGauges
+from app.api.webhooks import endpoints
 from app.inspection.inspector import inspector_of_process
 from app.logs import configure_logging
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
@@ -46,6 +47,7 @@ OPENAI_MODULES = (openai_files, fine_tuning)
 MODULES = (
     *(jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health),
     *OPENAI_MODULES,
+    endpoints,
 )
 QUEUE_SECONDS = 1.0
 """Places of queued jobs are so old at the most; of what this process itself has queued or cancelled, new."""

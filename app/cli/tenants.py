@@ -185,9 +185,11 @@ def token_key() -> None:
 def renew(data_dir: DataDirOption = None) -> None:
     """Encrypt all kept Hub tokens with the first of BITWRIGHT_TOKEN_KEYS, so that the others can go."""
     from app.store.tenancy.hub_tokens import Vault, renew_tokens  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.webhooks.endpoints import renew_secrets  # noqa: PLC0415
 
     with opened_database(data_dir) as database, database.transaction() as session:
-        count = renew_tokens(session, Vault(get_settings().token_keys))
+        vault = Vault(get_settings().token_keys)
+        count = renew_tokens(session, vault) + renew_secrets(session, vault)
     out().print(f"renewed {count} tokens")
 
 

@@ -11,7 +11,7 @@ from bitwright.errors import NotFound
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 """Crockford's base 32 in lower case, in ASCII order, so that text order is time order."""
 
-Prefix = Literal["job", "art", "upl", "key", "tnt", "wrk", "aud"]
+Prefix = Literal["job", "art", "upl", "key", "tnt", "wrk", "aud", "whe", "whd", "msg"]
 RANDOM_BITS = 80
 SHAPE = re.compile(rf"[a-z]{{3}}_[{ALPHABET}]{{26}}")
 

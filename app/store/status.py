@@ -13,6 +13,7 @@ from app.store.hub.publications import begin_if_asked
 from app.store.models import Event, Job
 from app.store.tenancy.hub_tokens import erase_token
 from app.store.tenancy.usage import add_usage
+from app.store.webhooks.outbox import tell_of_job
 from bitwright.events import ErrorData, LogEvent, StatusEvent
 from bitwright.job_states import FINAL_STATUSES, JobStatus
 
@@ -37,6 +38,7 @@ def begin(session: Session, job: Job) -> None:
     session.add(job)
     session.flush()
     _tell(session, job.id, job.tenant_id, sequence=1, event=StatusEvent(status=job.status, attempt=0))
+    tell_of_job(session, job.tenant_id, job.id, job.status.value, attempt=0)
 
 
 def enter(
@@ -70,6 +72,8 @@ def enter(
         if not published:  # else the token is erased at the publication's end
             erase_token(session, row.id)
         add_usage(session, row.tenant_id, jobs=1)
+    code = error.code if error is not None and status is JobStatus.FAILED else None
+    tell_of_job(session, row.tenant_id, row.id, status.value, attempt=row.attempt, error=code)
     return Entered(job_id=row.id, tenant_id=row.tenant_id, attempt=row.attempt)
 
 
@@ -79,6 +83,7 @@ def hold(session: Session, job: Job, *, held: bool) -> None:
     session.flush()
     event = LogEvent(event=PAUSED if held else RESUMED)
     _tell(session, job.id, job.tenant_id, sequence=job.last_event, event=event, attempt=job.attempt)
+    tell_of_job(session, job.tenant_id, job.id, "paused" if held else "resumed", attempt=job.attempt)
 
 
 def _tell(

@@ -15,6 +15,7 @@ from bitwright.asynchronous.following import follow
 from bitwright.asynchronous.transport import AsyncTransport
 from bitwright.asynchronous.uploads import send_files
 from bitwright.asynchronous.waits import in_thread
+from bitwright.asynchronous.webhooks import AsyncWebhooks
 from bitwright.delivery import delivery
 from bitwright.downloads import OnBytes, ignore_bytes, subfolder, target_path
 from bitwright.endpoint import DEFAULT_URL
@@ -76,6 +77,11 @@ class AsyncClient:
     def admin(self) -> AsyncAdmin:
         """The operator's methods: tenants, keys, the audit log."""
         return AsyncAdmin(self._transport)
+
+    @property
+    def webhooks(self) -> AsyncWebhooks:
+        """Addresses that the service calls, and the log of what went to them."""
+        return AsyncWebhooks(self._transport)
 
     async def submit(
         self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None, hub_token: str | None = None

@@ -60,6 +60,7 @@ class AsyncBitwright:
         self.formats = AsyncFormats(self.client)
         self.architectures = AsyncArchitectures(self.client)
         self.workers = AsyncWorkers(self.client)
+        self.webhooks = self.client.webhooks
 
     async def __aenter__(self) -> Self:
         return self

@@ -16,6 +16,7 @@ from bitwright.blocking.following import follow
 from bitwright.blocking.transport import Transport
 from bitwright.blocking.uploads import send_files
 from bitwright.blocking.waits import in_thread
+from bitwright.blocking.webhooks import Webhooks
 from bitwright.delivery import delivery
 from bitwright.downloads import OnBytes, ignore_bytes, subfolder, target_path
 from bitwright.endpoint import DEFAULT_URL
@@ -77,6 +78,11 @@ class Client:
     def admin(self) -> Admin:
         """The operator's methods: tenants, keys, the audit log."""
         return Admin(self._transport)
+
+    @property
+    def webhooks(self) -> Webhooks:
+        """Addresses that the service calls, and the log of what went to them."""
+        return Webhooks(self._transport)
 
     def submit(
         self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None, hub_token: str | None = None

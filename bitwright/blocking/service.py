@@ -61,6 +61,7 @@ class Bitwright:
         self.formats = Formats(self.client)
         self.architectures = Architectures(self.client)
         self.workers = Workers(self.client)
+        self.webhooks = self.client.webhooks
 
     def __enter__(self) -> Self:
         return self

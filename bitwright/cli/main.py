@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from bitwright.cli import check, exports, jobs, listings, publish, reports, submit, uploads, watch
+from bitwright.cli import check, exports, jobs, listings, publish, reports, submit, uploads, watch, webhooks
 from bitwright.cli.operator import OPERATOR_COMMANDS, installed_commands, operator_command
 from bitwright.cli.render import print_error
 from bitwright.errors import BitwrightError, InputError, RequestError, Unavailable
@@ -79,6 +79,7 @@ app.command()(listings.artifacts)
 app.command()(listings.delete)
 app.command()(jobs.upload)
 app.command("uploads")(uploads.list_uploads)
+app.add_typer(webhooks.app, name="webhooks")
 app.command()(jobs.methods)
 app.command()(listings.formats)
 app.command()(listings.workers)

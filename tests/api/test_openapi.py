@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from cryptography.fernet import Fernet
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies
 from openapi_spec_validator import validate
 from pydantic import SecretStr
+from starlette.testclient import TestClient
 
 from app.api.main import create_app
 from app.api.openai.errors import is_openais
@@ -78,6 +80,7 @@ MEANING = {
     "POST /v1/uploads",
     *("POST /v1/admin/tenants", "PATCH /v1/admin/tenants/{tenant_id}"),
     *("PUT /v1/uploads/{upload_id}/files/{name}", "POST /v1/files", "POST /v1/fine_tuning/jobs"),
+    *("POST /v1/webhooks", "PATCH /v1/webhooks/{webhook_id}"),
 }
 """Operations that refuse more than a schema can say: what goes with what, tokens that are not there, files that make no
 checkpoint together, a tenant's folders out of the service's, more bytes than were announced.
@@ -102,6 +105,7 @@ def fuzz(api: Api, *, examples: int, number: int) -> int:
     """Call every operation with up to `examples` cases of each kind; how many calls there were."""
     keys = (SecretStr(Fernet.generate_key().decode()),)
     app = create_app(api.settings.model_copy(update={"token_keys": keys}))
+    api = replace(api, client=TestClient(app, headers=dict(api.client.headers)))
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     made = [result.ok() for result in schema.get_all_operations()]
     ids = real_ids(api)
@@ -134,6 +138,10 @@ def real_ids(api: Api) -> dict[str, list[str]]:
         asked = {"model": "org/model", "training_file": file}
         jobs.append(api.client.post("/v1/fine_tuning/jobs", json=asked).json()["id"])
     texts = {"name": ["text.jsonl"], "file_id": sent, "tenant_id": [tenant], "key_id": keys}
+    made = [api.client.post("/v1/webhooks", json={"url": "https://example.org/"}) for _ in range(2)]
+    hooks = [answer.json()["id"] for answer in made if answer.status_code == 201]
+    tests = [api.client.post(f"/v1/webhooks/{hook}/test").json()["id"] for hook in hooks]
+    texts |= {"webhook_id": hooks or ["whe_x"], "delivery_id": tests or ["whd_x"]}
     texts |= {"namespace": ["jobs"], "repository": jobs[:3], "revision": ["main"], "path": ["config.json"]}
     return {"job_id": jobs, "artifact_id": artifacts, "upload_id": uploads, **texts}
 

@@ -13,6 +13,8 @@ IDS = {
     "{artifact_id}": "art_0123456789abcdefghjkmnpqrs",
     "{upload_id}": "upl_0123456789abcdefghjkmnpqrs",
     "{file_id}": "upl_0123456789abcdefghjkmnpqrs",
+    "{webhook_id}": "whe_0123456789abcdefghjkmnpqrs",
+    "{delivery_id}": "whd_0123456789abcdefghjkmnpqrs",
     "{format}": "native",
     "{export_format}": "native",
     "{name}": "a.jsonl",

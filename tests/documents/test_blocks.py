@@ -16,7 +16,7 @@ RUNNING = [block for block in BLOCKS if block.runs]
 NOT_RUN = {
     "deployment": 1,
     "docker": 1,
-    "fragment": 18,
+    "fragment": 20,
     "gpu": 1,
     "llama.cpp": 1,
     "make": 8,

@@ -57,6 +57,7 @@ OWNED = {
     "attempt": {"tenant", "job"},
     "audit": set(),
     "event": {"tenant", "job"},
+    "fine_tuning_job": {"tenant", "job"},
     "hub_token": {"tenant", "job"},
     "idempotency_key": {"tenant", "job", "upload"},
     "job": {"tenant"},
@@ -70,6 +71,9 @@ OWNED = {
     "upload": {"tenant"},
     "upload_file": {"tenant", "upload"},
     "usage_month": {"tenant"},
+    "webhook_attempt": {"tenant", "webhook_delivery"},
+    "webhook_delivery": {"tenant", "webhook_endpoint"},
+    "webhook_endpoint": {"tenant"},
     "worker": set(),
 }
 

@@ -29,6 +29,7 @@ TAGS = [
     {"name": "uploads", "description": "Send a checkpoint or a text in parts."},
     {"name": "hub", "description": "Finished jobs as repositories, for clients of a Hub with `HF_ENDPOINT`."},
     {"name": "openai", "description": "Files and finetuning jobs for OpenAI's clients, whose errors have its shape."},
+    {"name": "webhooks", "description": "Addresses that are called when jobs come into a state."},
     {"name": "catalogue", "description": "What there is: methods, formats, workers."},
     {"name": "admin", "description": "For operators: tenants, their keys, quotas, use and the audit log."},
     {"name": "health", "description": "For orchestrators and monitoring."},

@@ -28,6 +28,7 @@ from app.settings import Settings
 from app.store.blobs import Blob, BlobStore
 from app.store.ids import id_pattern
 from app.store.models import Upload
+from app.store.openai.fine_tuning import require_cursor
 from app.store.openai.texts import SUFFIX, text_of, texts
 from app.store.session import Database
 from app.store.tenancy.audit import record
@@ -107,6 +108,7 @@ def list_files(
     purpose: Annotated[str | None, Query(max_length=64, description="Only files of this purpose.")] = None,
 ) -> ListView[FileView]:
     """All texts that were sent, through /v1/uploads too."""
+    require_cursor("upl", after)
     if purpose not in (None, PURPOSE):
         return ListView(data=[], has_more=False)
     with database.reading() as session:

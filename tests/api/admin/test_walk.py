@@ -4,12 +4,17 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from cryptography.fernet import Fernet
+from pydantic import SecretStr
 from sqlalchemy import update
 from starlette.testclient import TestClient
 
 from app.domain.access import Scope
 from app.store.models import ApiKey, Tenant
+from app.store.tenancy.hub_tokens import Vault
 from app.store.tenancy.keys import ensure_tenant, issue_key, revoke_key
+from app.store.webhooks.endpoints import WebhookRepository
+from bitwright.webhooks.views import WebhookRequest
 from tests.api.conftest import SHORTHAND, Api
 from tests.api.test_openapi import operations
 
@@ -19,6 +24,9 @@ BODIES = {
     "export_job": {"formats": ["gguf"]},
     "publish_job": {"hub": "acme/walk"},
     "create_upload": {"files": FILES},
+    "create_webhook": {"url": "https://example.org/hooks"},
+    "change_webhook": {"description": "x"},
+    "rotate_webhook_secret": {},
     "create_fine_tuning_job": {"model": "org/model", "training_file": "upl_" + "0" * 26},
     "create_tenant": {"name": "made-by-the-walk"},
     "change_tenant": {"suspended": True},
@@ -57,6 +65,7 @@ def ids(any_api: Api) -> dict[str, str]:
         "artifact_id": artifacts[0]["id"],
         "upload_id": upload,
         "file_id": file_id,
+        **hook(any_api),
         "name": "t.jsonl",
         "namespace": "jobs",
         "repository": job_id,
@@ -66,6 +75,16 @@ def ids(any_api: Api) -> dict[str, str]:
         "tenant_id": any_api.tenant_id,
         "key_id": key["id"],
     }
+
+
+def hook(api: Api) -> dict[str, str]:
+    """A webhook of the first tenant, and a delivery to it, by the parameter of a path."""
+    keys = Vault((SecretStr(Fernet.generate_key().decode()),))
+    asked = WebhookRequest(url="https://example.org/hooks", description="theirs")
+    with api.database.transaction() as session:
+        repository = WebhookRepository(session, api.tenant_id)
+        webhook, _ = repository.add(asked, keys)
+        return {"webhook_id": webhook.id, "delivery_id": repository.test(webhook.id).id}
 
 
 def calls(api: Api, ids: dict[str, str]) -> Iterator[tuple[str, str, str, str]]:

@@ -1,0 +1,1 @@
+"""Webhooks: endpoints of a tenant and the log of their deliveries."""

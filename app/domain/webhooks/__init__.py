@@ -1,0 +1,1 @@
+"""Addresses that webhooks may go to, and the kinds of messages."""

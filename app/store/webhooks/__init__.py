@@ -1,0 +1,1 @@
+"""Webhooks: endpoints, and the messages that wait for them or went to them."""

@@ -1,0 +1,1 @@
+"""Webhooks, as types that the API and the client share."""

@@ -1,0 +1,1 @@
+"""Webhooks against a receiver that fails, is slow, redirects, and is gone."""

@@ -1,0 +1,1 @@
+"""Messages to tenants' receivers: signed, sent to addresses that were checked, tried again by a schedule."""
