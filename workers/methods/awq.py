@@ -50,6 +50,7 @@ from workers.contracts.results import BlockResult
 from workers.contracts.whole_passes import fits_at_once
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.blocks.search import search_blocks
+from workers.numerics.divergence import squared_distance
 from workers.numerics.floats.float_grids import quantize, searched
 from workers.numerics.floats.joined import shares_scale
 from workers.numerics.hessian import Hessian, input_groups, watched
@@ -162,14 +163,14 @@ def search_scale(task: BlockTask, fold: Fold, magnitude: Tensor, inputs: Tensor)
 def _errors(task: BlockTask, fold: Fold, candidates: Tensor, inputs: Tensor) -> Tensor:
     """Squared errors of a fold's part on the block's `inputs` for each s of `candidates` (count, in), fp64 (count,)."""
     calls = _calls(task, inputs, task.block.get_submodule(fold.measured))
-    targets = [call().to(candidates.dtype) for call in calls]
+    targets = [call() for call in calls]
     errors = torch.zeros(len(candidates), dtype=torch.float64, device=candidates.device)
     with task.restored():
         for step, rounded in enumerate(_rounded(task, fold.linears, candidates)):
             for name, weight in rounded.items():
                 task.linear(name).weight = nn.Parameter(weight, requires_grad=False)
             for call, target in zip(calls, targets, strict=True):
-                errors[step] += (call() - target).square_().sum(dtype=torch.float64)
+                errors[step] += squared_distance(call(), target)
     return errors
 
 

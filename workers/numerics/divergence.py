@@ -26,3 +26,12 @@ def divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
     each = (log_p.sub_(log_q)).mul_(p).sum(-1)
     return each, log_q.exp_().sub_(p).to(student.dtype)
+
+
+def squared_distance(one: Tensor, other: Tensor) -> Tensor:
+    """Sum of the squared differences of two tensors of one shape and dtype, fp64 (); squares are of fp32 or wider."""
+    kernels = scale_kernels(one.device, one.dtype)
+    if kernels is not None:
+        return kernels.squared_distance(one.contiguous(), other.contiguous())
+    working = torch.promote_types(one.dtype, torch.float32)
+    return (one.to(working) - other).square_().sum(dtype=torch.float64)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from workers.numerics import group_scales
-from workers.numerics.divergence import divergence
+from workers.numerics.divergence import divergence, squared_distance
 from workers.numerics.group_scales import add_scale_gradient, dequantize_groups
 from workers.numerics.quantized import AffineWeight
 
@@ -132,6 +132,19 @@ def test_the_divergence_kernel_equals_the_eager_formula(kernels: object, vocabul
     assert expected.isnan().tolist() == [False, False, True]
     rtol, atol = (1e-2, 1e-5) if dtype == torch.bfloat16 else (1e-4, 1e-6)
     torch.testing.assert_close(teacher.cpu(), gradient, rtol=rtol, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", [1, 5000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_squared_distance_is_the_formula_in_fp64(kernels: object, count: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(count)
+    one, other = (torch.randn(count).to(DEVICE, dtype) for _ in range(2))
+    expected = (one.double() - other.double()).square().sum()
+    for found in (kernels.squared_distance(one, other), squared_distance(one.cpu(), other.cpu())):  # type: ignore[attr-defined]
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=1e-6, atol=0)
+    one[0] = torch.nan
+    assert kernels.squared_distance(one, other).isnan()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,7 +1,10 @@
-"""Triton kernels of end-to-end scale tuning; formulas in `workers.numerics.group_scales` and `.divergence`.
+"""Triton kernels of end-to-end scale tuning and of distances between outputs.
+
+Formulas are in `workers.numerics.group_scales` and `.divergence`.
 
     dequantize          reads 1 byte per code, writes w_hat
     add_scale_gradient  reads D and 1 byte per code, writes one number per group
+    squared_distance    reads both tensors once
     divergence          reads both logits twice and writes the gradient over the teacher's: no fp32 copy of either
 
 Each program owns its groups or its token, so the order of every sum is fixed. Arithmetic is fp32. The
@@ -38,6 +41,14 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     block = min(VOCABULARY_ELEMENTS, triton.next_power_of_2(vocabulary))
     _divergence[(tokens,)](student, teacher, each, vocabulary, BLOCK=block, num_warps=8)
     return each
+
+
+def squared_distance(one: Tensor, other: Tensor) -> Tensor:
+    """Sum of squared differences of two contiguous tensors, fp64 (): in fp32 within a program."""
+    count = one.numel()
+    sums = torch.empty(triton.cdiv(count, PROGRAM_ELEMENTS), dtype=torch.float32, device=one.device)
+    _squared_distance[(len(sums),)](one, other, sums, count, BLOCK=PROGRAM_ELEMENTS, num_warps=8)
+    return sums.sum(dtype=torch.float64)
 
 
 def _programs(codes: Tensor) -> tuple[tuple[int], dict[str, int]]:
@@ -103,6 +114,15 @@ def _add_scale_gradient(  # type: ignore[no-untyped-def]
     d = tl.load(D + at, mask=real, other=0.0).to(tl.float32)
     before = tl.load(OUT + group, mask=group < count, other=0.0)
     tl.store(OUT + group, before + tl.sum(d * steps, 1), mask=group < count)
+
+
+@triton.jit
+def _squared_distance(ONE, OTHER, SUMS, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = at < count
+    one = tl.load(ONE + at, mask=real, other=0.0).to(tl.float32)
+    difference = one - tl.load(OTHER + at, mask=real, other=0.0).to(tl.float32)
+    tl.store(SUMS + tl.program_id(0), tl.sum(difference * difference, 0))
 
 
 @triton.jit
