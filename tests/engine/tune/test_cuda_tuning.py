@@ -27,6 +27,8 @@ from workers.numerics.floats import tuned_floats
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # torch says so of a backward's thread whose first call is a product, and goes on.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
 ]
 STEPS = 24
 CAUSES = 6
