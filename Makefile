@@ -8,7 +8,11 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 LM_EVAL_VENV ?= .venv-lm-eval
 PIP_ARGS ?=
+SEED ?= 1
+FAULTS ?= 80
+JOBS ?= 60
 LLAMA_CPP ?= .cache/llama.cpp
+BUCKET ?= .cache/bucket
 AXE ?= .cache/axe-core
 CHROMIUM ?= /usr/bin/chromium
 BIN := $(VENV)/bin
@@ -28,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-lm-eval test-vllm test-browser test-architectures test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
+.PHONY: help demo serve test test-slow test-chaos test-hosts test-gpu test-llama-cpp test-lm-eval test-vllm test-browser test-architectures test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -44,6 +48,12 @@ test: $(VENV)/.test ## Run the tests, real PostgreSQL and Valkey included (ARGS 
 
 test-slow: $(VENV)/.test ## Run the tests that take long: many kills, whole services, several processes of torch
 	$(BIN)/python -m pytest -m 'slow and not gpu and not vllm and not browser' $(ARGS)
+
+test-chaos: $(VENV)/.test ## Strike a whole service with faults drawn from a seed, and check what is left: make test-chaos SEED=1 (half an hour)
+	BITWRIGHT_TEST_CHAOS_SEED='$(SEED)' BITWRIGHT_TEST_CHAOS_FAULTS='$(FAULTS)' BITWRIGHT_TEST_CHAOS_JOBS='$(JOBS)' $(BIN)/python -m pytest -s -m slow tests/chaos/test_chaos.py $(ARGS)
+
+test-hosts: $(VENV)/.test $(BUCKET)/.installed ## Run two APIs and three workers on hosts of their own: network namespaces, and a server that speaks S3 (root, Linux)
+	BITWRIGHT_TEST_S3='$(abspath $(BUCKET))/bin/moto_server' $(BIN)/python -m pytest -m slow tests/hosts $(ARGS)
 
 test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -118,6 +128,12 @@ $(BIN)/python:
 
 $(AXE)/.installed:
 	npm install --ignore-scripts --no-audit --no-fund --prefix $(AXE) axe-core@4.14.1
+	touch $@
+
+# Its dependencies are none of ours, so it lives in an environment of its own.
+$(BUCKET)/.installed:
+	$(PYTHON) -m venv $(BUCKET) || { $(PYTHON) -m venv --clear --without-pip $(BUCKET) && $(PYTHON) -m pip --python $(BUCKET)/bin/python install pip; }
+	$(BUCKET)/bin/python -m pip install --quiet --no-compile $(PIP_ARGS) 'moto[s3,server]==5.2.5'
 	touch $@
 
 $(LLAMA_CPP)/.installed:

@@ -293,6 +293,13 @@ class Settings(BaseSettings):
         le=36_500,
         description="So long a worker keeps what a retry of a failed or cancelled job goes on from.",
     )
+    keep_state_seconds: Finite | None = Field(
+        default=None,
+        ge=1,
+        le=DAY,
+        description="How often a worker puts what a running job has finished into the blob store, so that another "
+        "machine goes on from there when it is lost; unset: never, as one machine needs none of it.",
+    )
     hub_retention_days: Finite = Field(
         default=30.0,
         ge=1,

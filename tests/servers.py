@@ -45,9 +45,19 @@ class Running:
     process: subprocess.Popen[bytes]
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """A PostgreSQL cluster on disk: what starts its server, as which user, and the URL of its superuser."""
+
+    folder: Path
+    command: list[str]
+    user: str | None
+    url: URL
+
+
 @contextmanager
-def postgres_server() -> Iterator[URL]:
-    """A new PostgreSQL cluster, reached through a socket in a private folder; the URL is its superuser's."""
+def postgres_cluster(**options: str) -> Iterator[Cluster]:
+    """A new cluster that nobody serves yet; `options` are settings of its server, besides or for POSTGRES_OPTIONS."""
     with _folder("bitwright-pg-") as folder:
         account = _account()
         binaries = _postgres_binaries(folder, copy=account is not None)
@@ -56,19 +66,29 @@ def postgres_server() -> Iterator[URL]:
             os.chown(folder, account.pw_uid, account.pw_gid)
         setup = [binaries / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-sync"]
         subprocess.run([*map(str, setup), "--locale=C"], check=True, stdout=subprocess.DEVNULL, user=user, cwd=folder)
-        options = [word for name, value in POSTGRES_OPTIONS.items() for word in ("-c", f"{name}={value}")]
-        command = [binaries / "postgres", "-D", data, "-k", folder, *options]
-        with _running([str(word) for word in command], folder, user=user, stop=signal.SIGQUIT) as process:
-            url = URL.create("postgresql+psycopg", "postgres", database="postgres", query={"host": str(folder)})
-            _wait(lambda: psycopg.connect(_libpq(url), connect_timeout=2).close(), process, folder)
-            yield url
+        settings = POSTGRES_OPTIONS | options
+        words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        command = [str(word) for word in (binaries / "postgres", "-D", data, "-k", folder, *words)]
+        url = URL.create("postgresql+psycopg", "postgres", database="postgres", query={"host": str(folder)})
+        yield Cluster(folder, command, user, url)
+
+
+@contextmanager
+def postgres_server() -> Iterator[URL]:
+    """A new PostgreSQL cluster, reached through a socket in a private folder; the URL is its superuser's."""
+    with (
+        postgres_cluster() as cluster,
+        _running(cluster.command, cluster.folder, user=cluster.user, stop=signal.SIGQUIT) as process,
+    ):
+        _wait(lambda: psycopg.connect(libpq(cluster.url), connect_timeout=2).close(), process, cluster.folder)
+        yield cluster.url
 
 
 @contextmanager
 def postgres_database(server: URL, template: str | None = None) -> Iterator[URL]:
     """A new database of that server, empty or a copy of `template`, dropped at the end."""
     name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(_libpq(server), autocommit=True) as admin:
+    with psycopg.connect(libpq(server), autocommit=True) as admin:
         admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template or "template0"}"')
         try:
             yield server.set(database=name)
@@ -191,5 +211,6 @@ def _ping(port: int) -> None:
             raise ConnectionError("no answer to PING yet")
 
 
-def _libpq(url: URL) -> str:
+def libpq(url: URL) -> str:
+    """The URL as libpq takes it."""
     return text(url.set(drivername="postgresql"))

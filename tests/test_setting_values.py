@@ -85,6 +85,7 @@ NONSENSE = {
     "job_time_limit_seconds": ["0", "1d", str(31 * 86_400)],
     "job_retention_days": ["0", "-1", "week", "1e6"],
     "workspace_retention_days": ["-1", "inf", "nan", "week"],
+    "keep_state_seconds": ["often", "0", "0.5", "86401", "nan", "inf"],
     "hub_retention_days": ["0.5", "inf", "nan", "week"],
     "worker_poll_seconds": ["0", "inf", "nan", "301", "soon"],
     "device": ["tpu", "gpu", "cuda:0"],

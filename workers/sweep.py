@@ -28,6 +28,7 @@ from app.store.tenancy.audit import REMOVED_AT_ONCE, remove_old_entries
 from app.store.tenancy.hub_tokens import remove_old_tokens
 from app.store.tenancy.page_sessions import remove_expired_sessions
 from app.store.upkeep.garbage import ROWS_A_TRANSACTION, collect_blobs, remove_expired_keys, remove_old_jobs
+from app.store.upkeep.kept_files import forget_kept
 from app.store.uploads import remove_expired_uploads
 from app.store.webhooks.deliveries import remove_old_deliveries
 from app.store.workers import forget_workers, list_workers, live_classes, sweep_lease, waiting
@@ -104,6 +105,7 @@ class Sweep:
             remove_old_tokens(session)
             uploads = remove_expired_uploads(session)
             forget_workers(session, unseen_seconds=UNSEEN_SECONDS)
+            forget_kept(session, older_than_seconds=self._settings.workspace_retention_days * DAY)
         days = self._settings.job_retention_days
         jobs: list[str] = []
         if days:

@@ -13,7 +13,7 @@ from app.api.deps import DatabaseOf, MetricsOf, SettingsOf
 from app.api.http.documentation import problems
 from app.queue import BrokerState, broker_state
 from app.settings import Settings
-from app.store.session import Database, schema_is_current
+from app.store.session import Database, schema_serves
 from bitwright.errors import Unavailable
 
 router = APIRouter(tags=["health"])
@@ -59,7 +59,7 @@ class Readiness(BaseModel):
     responses=problems("unavailable", "invalid_request", public=True),
 )
 async def readyz(database: DatabaseOf, settings: SettingsOf) -> Readiness:
-    """Readiness: the database answers and has this version's schema; the broker's state is said beside it.
+    """Readiness: the database answers and has a schema that serves this version; the broker's state is said beside it.
 
     A broker that is down is no reason to take no requests: idle workers ask the database by themselves.
     """
@@ -73,7 +73,7 @@ def _probe_threads() -> CapacityLimiter:
 
 
 def _readiness(database: Database, settings: Settings) -> Readiness:
-    if not schema_is_current(database):
+    if not schema_serves(database):
         raise Unavailable("the database has another schema", hint="run `bitwright migrate`")
     broker = broker_state(settings.broker_url) if settings.broker_url else None
     return Readiness(status="ok" if broker in ("ok", None) else "degraded", broker=broker)

@@ -5,22 +5,20 @@ takes more than its limits, it is ended, and the answer says so; the next look s
 """
 
 import atexit
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from pathlib import Path
 
 import structlog
 
 from app.domain.inputs.inspection import CheckpointFiles
 from app.domain.request.job_request import JobRequest
 from app.inspection.lines import COUNT_BYTES, REFUSED, Look, Said, Verdict, Wanted
+from app.inspection.own_folder import OwnFolder
 from app.limited.limits import Ended, Limits, Outcome
 from app.limited.process import LimitedProcess
 from bitwright.errors import CorruptCheckpoint, OverLimit, TooManyRequests
@@ -61,7 +59,7 @@ class Inspector:
         self._idle: list[LimitedProcess] = []
         self._turns: dict[str, threading.Lock] = {}
         self._wanting: Counter[str] = Counter()
-        self._folder: Path | None = None
+        self._folder: OwnFolder | None = None
 
     def look(self, tenant: str, request: JobRequest, files: CheckpointFiles) -> Verdict:
         """The verdict on a request for a checkpoint.
@@ -84,7 +82,7 @@ class Inspector:
         for child in idle:
             child.close()
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.remove()
 
     @contextmanager
     def _turn(self, tenant: str) -> Iterator[None]:
@@ -127,8 +125,8 @@ class Inspector:
     def _start(self) -> LimitedProcess:
         with self._lock:
             if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="bitwright-inspection-"))
-            folder = self._folder
+                self._folder = OwnFolder()
+            folder = self._folder.path
         # A thread of a pool ends when it is idle, and would take the child along.
         child = LimitedProcess.start(COMMAND, folder=folder, file_bytes=1 << 20, of_thread=False)
         log.info("inspection_child_started", pid=child.handle.pid)

@@ -314,6 +314,23 @@ class Artifact(Base):
     created_at: Mapped[datetime] = mapped_column(default=now())
 
 
+class KeptFile(Base):
+    """One file of what an unfinished job has finished so far, for another machine; its bytes are the blob of that hash.
+
+    `path` lies in the workspace's `state`. All rows of a job are of one moment of one attempt.
+    """
+
+    __tablename__ = "kept_file"
+
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    path: Mapped[str] = mapped_column(String(512), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), index=True)
+    attempt: Mapped[int]
+    sha256: Mapped[str] = mapped_column(Sha256, index=True)
+    size: Mapped[int] = mapped_column(BigInteger)
+    kept_at: Mapped[datetime] = mapped_column(default=now())
+
+
 class Upload(Base):
     """Files that a caller sends: a checkpoint, or one JSONL text."""
 

@@ -92,6 +92,8 @@ class Database:
 def migrate(url: str, revision: str = "head") -> None:
     """Bring the database at `url` to the newest schema, or up to a revision. Safe to run from many processes at once.
 
+    A schema of a later release stays as it is.
+
     Raises:
         Conflict: this release has no such revision.
     """
@@ -102,6 +104,8 @@ def migrate(url: str, revision: str = "head") -> None:
     try:
         with _translated(), engine.begin() as connection:
             lock_schema(connection)
+            if revision == "head" and _is_later(MigrationContext.configure(connection).get_current_heads()):
+                return
             config = _alembic_config()
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
@@ -118,11 +122,14 @@ def lock_schema(connection: Connection) -> None:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
 
 
-def schema_is_current(database: Database) -> bool:
-    """True if the database has the schema that this code was written for."""
+def schema_serves(database: Database) -> bool:
+    """True if the database has the schema that this code was written for, or that of a later release.
+
+    Migrations are compatible with the release before, whose processes go on while they are replaced one by one.
+    """
     with _translated(), database.engine.connect() as connection:
         present = MigrationContext.configure(connection).get_current_heads()
-    return set(present) == set(_heads())
+    return set(present) == set(_heads()) or _is_later(present)
 
 
 def revision_of(connection: Connection) -> str:
@@ -141,6 +148,17 @@ def revision_of(connection: Connection) -> str:
 def _heads() -> tuple[str, ...]:
     """The newest revision of this code, read once: a probe asks every few seconds."""
     return tuple(_scripts().get_heads())
+
+
+def _is_later(present: tuple[str, ...]) -> bool:
+    """True if a database's schema is that of a later release."""
+    return len(present) == 1 and present[0] > max(_known())
+
+
+@lru_cache(maxsize=1)
+def _known() -> frozenset[str]:
+    """Every revision of this code. They are numbers of four digits, so that a later one is greater."""
+    return frozenset(script.revision for script in _scripts().walk_revisions())
 
 
 def _scripts() -> ScriptDirectory:

@@ -110,6 +110,8 @@ FOLDERS = MappingProxyType(
         "tests/inspection": "Looks in real children: limits, turns of tenants, ends",
         "tests/hostile": "Some hundreds of small files of strangers, each refused with its code",
         "tests/limited": "A limited child: what it cannot do, and its ends",
+        "tests/chaos": "A whole service under faults of all kinds that a seed draws, and what must hold afterwards",
+        "tests/hosts": "Two APIs and three workers in network namespaces that share a database, a broker and a bucket",
         "tests/disk": "Workspaces and caches",
         "tests/documents": "Every shell and Python block of the documents, against a live service",
         "tests/domain": "Requests, formats and errors",

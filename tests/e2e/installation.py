@@ -57,11 +57,17 @@ class Process:
     log: Path
     process: subprocess.Popen[bytes] | None = None
     told: int = 0
+    user: str | None = None
 
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self.command,
+                env=dict(self.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                user=self.user,
             )
 
     @property

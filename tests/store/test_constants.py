@@ -62,6 +62,7 @@ OWNED = {
     "idempotency_key": {"tenant", "job", "upload"},
     "job": {"tenant"},
     "job_label": {"tenant", "job"},
+    "kept_file": {"tenant", "job"},
     "job_name": {"tenant", "job"},
     "job_upload": {"tenant", "job", "upload"},
     "publication": {"tenant", "job"},

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from app.store.idempotency import Idempotency
 from app.store.jobs import JobRepository
 from app.store.models import Base, IdempotencyKey
-from app.store.session import Database, migrate, schema_is_current
+from app.store.session import Database, migrate, schema_serves
 from app.store.uploads import NewUploadFile, UploadRepository
 from tests.store.samples import add, request
 
@@ -43,7 +43,22 @@ def database(database_url: str) -> Iterator[Database]:
 
 def test_models_and_migrations_agree(database: Database) -> None:
     alembic(database, "check")
-    assert schema_is_current(database)
+    assert schema_serves(database)
+
+
+def test_a_schema_of_the_next_release_serves_and_one_of_an_earlier_does_not(
+    database: Database, database_url: str
+) -> None:
+    """As one replaces processes in turn, the old ones go on and are sent requests, and may be started again."""
+    (newest,) = ScriptDirectory(str(ROOT / "migrations")).get_heads()
+    for revision, serves in ((f"{int(newest) + 1:04d}", True), ("0001", False)):
+        with database.engine.begin() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = :to"), {"to": revision})
+        assert schema_serves(database) is serves
+        if serves:
+            migrate(database_url)
+            with database.engine.connect() as connection:
+                assert connection.scalar(text("SELECT version_num FROM alembic_version")) == revision
 
 
 def test_a_table_that_no_migration_makes_is_noticed(database: Database) -> None:
@@ -55,10 +70,10 @@ def test_a_table_that_no_migration_makes_is_noticed(database: Database) -> None:
 
 def test_down_and_up_again(database: Database, database_url: str) -> None:
     alembic(database, "base")
-    assert not schema_is_current(database)
+    assert not schema_serves(database)
     assert inspect(database.engine).get_table_names() == ["alembic_version"]
     migrate(database_url)
-    assert schema_is_current(database)
+    assert schema_serves(database)
     assert set(inspect(database.engine).get_table_names()) == {*Base.metadata.tables, "alembic_version"}
 
 
@@ -84,7 +99,7 @@ def test_keys_of_the_release_before_are_kept(database: Database, database_url: s
 
 def test_an_empty_database_is_not_current(empty_url: str) -> None:
     database = Database(empty_url)
-    assert not schema_is_current(database)
+    assert not schema_serves(database)
     database.close()
 
 
@@ -119,7 +134,7 @@ def test_migrate_needs_no_folder(tmp_path: Path) -> None:
     code = f"from app.store.session import migrate; migrate({url!r})"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     database = Database(url)
-    assert schema_is_current(database)
+    assert schema_serves(database)
     database.close()
 
 

@@ -7,6 +7,7 @@ A real process on the real lifeline, pipe and lock; only the computation is left
     file:NAME:TEXT  write a file of the checkpoint            raw:TEXT        write TEXT to the pipe as it is
     long:BYTES      write one line of this length             signal:NAME     send a signal to itself
     fail:CODE       report a failure, exit code 1             exit:CODE       end at once
+    state:NAME:TEXT write a file of what is finished          finished        report what is: NAME:TEXT, sorted
     raise:NAME      raise that builtin exception              ignore-term     ignore SIGTERM
     once:STEP       only in the first attempt                 child           start a grandchild that sleeps
     log:EVENT       write a log line                          outside         a result that names a folder outside
@@ -42,6 +43,7 @@ from workers.child.attempt import take_lock
 from workers.child.birth import born
 from workers.child.exceptions import as_bitwright_error
 from workers.child.lifeline import EXIT_FAILED, REPORT_FD, SILENCE_SECONDS, ReportPipe
+from workers.disk.durable import replace_file
 from workers.disk.orders import AttemptOrder
 
 BLOCKS = 100
@@ -94,6 +96,22 @@ class Script:
         path = self.workspace / "output" / "native" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+    def state(self, argument: str) -> None:
+        name, _, text = argument.partition(":")
+        path = self.workspace / "state" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if text.startswith("/"):
+            path.symlink_to(text)
+        else:
+            replace_file(path, text.encode())
+
+    def finished(self, _: str) -> None:
+        state = self.workspace / "state"
+        files = sorted(path for path in state.rglob("*") if path.is_file())
+        told = ",".join(f"{file.relative_to(state).as_posix()}:{file.read_text()}" for file in files)
+        self.pipe.write(LogEvent(event="finished", fields={"files": told}))
 
     def raw(self, text: str) -> None:
         os.write(int(os.environ[REPORT_FD]), text.encode() + b"\n")
@@ -182,6 +200,8 @@ STEPS: dict[str, Callable[[Script, str], object]] = {
     "progress": Script.progress,
     "sleep": lambda _, seconds: time.sleep(float(seconds)),
     "file": Script.file,
+    "state": Script.state,
+    "finished": Script.finished,
     "raw": Script.raw,
     "long": Script.long,
     "hang": Script.hang,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.request.job_request import JobRequest
-from app.domain.request.sources import HubDataset, HubModel
+from app.domain.request.sources import HubDataset, HubModel, UploadedModel
 from bitwright.events import TEXT_ROLES, Message
 
 BUILTIN_TEXT = "BITWRIGHT_BUILTIN_TEXT"
@@ -140,6 +140,12 @@ class AttemptOrder(Message):
         """Files of all texts that are read from one."""
         paths = (self.calibration_path, self.evaluation_path, self.finetuning_path, *self.other_texts.values())
         return [Path(path) for path in paths if path is not None]
+
+    @property
+    def model_pin(self) -> str | None:
+        """Name of the model's bytes, alike on any machine: its commit on the Hub, its upload; None: it has none."""
+        model = self.request.model
+        return self.model_revision or (model.id if isinstance(model, UploadedModel) else None)
 
     def renumbered(self, given: Mapping[int, int]) -> "AttemptOrder":
         """The order with the numbers that descriptors have in another process: `given`, from number to number."""

@@ -57,6 +57,10 @@ class Workspace:
         return self.folder / "output"
 
     @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+    @property
     def log(self) -> Path:
         return self.folder / "attempt.log"
 

@@ -123,7 +123,7 @@ class Job:
         return fingerprint(
             {
                 "request": self.request.model_dump(mode="json", include=CODES_DEPEND_ON),
-                "model": self.model.checkpoint.digest(self.order.model_revision),
+                "model": self.model.checkpoint.digest(self.order.model_pin),
                 "calibration": None if sequences is None else sequences.sha256,
                 "code": code_version(),
                 "libraries": library_versions(),

@@ -32,6 +32,7 @@ from workers.supervise.child_process import ChildProcess
 from workers.supervise.context import WorkerContext
 from workers.supervise.events import EventBuffer, LineReader
 from workers.supervise.exit_errors import error_of_exit
+from workers.supervise.kept_state import bring_state, keeping
 from workers.supervise.lease import JobCancelled, JobPaused, LeaseKeeper, WorkerStopping
 from workers.supervise.memory_limit import PREFIX, MemoryWatch, watched
 from workers.supervise.outputs import store_outputs
@@ -117,12 +118,14 @@ class _Attempt:
         """Sources, attempt, storage. Raises whatever ends the attempt early."""
         self._lease.check()
         self._workspace.open()
+        bring_state(self._context, self._claim, self._workspace)
         with self._reader() as warm:
             order = self._order(warm)
             self._workspace.write(self._workspace.order, order)
             given = () if warm is None else (warm.orders, warm.answers)
             # Only a model from the Hub has a revision; its folder is shared, and pruned when nobody uses it.
-            with holding(Path(order.model_path)) if order.model_revision else nullcontext():
+            held = holding(Path(order.model_path)) if order.model_revision else nullcontext()
+            with held, keeping(self._context, self._claim, self._workspace):
                 result = self._compute(order, given)
         self._take_back()
         artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)

@@ -32,8 +32,8 @@ from bitwright.errors import Conflict, CorruptCheckpoint, DiskFull, StorageError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-PASSING = frozenset({"worker", "sweep_lease", "alembic_version"})
-"""Tables of what lives now: a restored service registers its own."""
+PASSING = frozenset({"worker", "sweep_lease", "alembic_version", "kept_file"})
+"""Tables of what lives now: a restored service registers its own, and its workers begin unfinished jobs anew."""
 ROWS_A_STATEMENT = 500
 EXPRESSION = "Skipped unsupported reflection of expression-based index"
 

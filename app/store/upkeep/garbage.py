@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from app.store.blobs import BlobEntry, BlobStore
 from app.store.clock import now, seconds_from_now
-from app.store.models import Artifact, IdempotencyKey, Job, Upload, UploadFile
+from app.store.models import Artifact, IdempotencyKey, Job, KeptFile, Upload, UploadFile
 from app.store.session import Database
 from bitwright.job_states import FINAL_STATUSES
 
@@ -41,7 +41,7 @@ def remove_old_jobs(session: Session, *, older_than_seconds: float, limit: int =
 
 
 def collect_blobs(database: Database, blobs: BlobStore, *, grace_seconds: float = GRACE_SECONDS) -> list[str]:
-    """Delete the blobs that no artifact and no complete upload names; their hashes."""
+    """Delete the blobs that no artifact, complete upload or unfinished job names; their hashes."""
     before = datetime.now(UTC) - timedelta(seconds=grace_seconds)
     blobs.tidy(before)
     deleted = []
@@ -57,7 +57,7 @@ def collect_blobs(database: Database, blobs: BlobStore, *, grace_seconds: float 
 def unnamed_blobs(
     database: Database, blobs: BlobStore, *, grace_seconds: float = GRACE_SECONDS, job_seconds: float | None = None
 ) -> Iterator[BlobEntry]:
-    """The blobs that no artifact and no complete upload names, and that nobody has put for `grace_seconds`.
+    """The blobs that no artifact, complete upload or unfinished job names, and that nobody has put for `grace_seconds`.
 
     job_seconds   jobs that ended so long ago count as removed
     """
@@ -79,7 +79,7 @@ def _old(seconds: float) -> tuple[ColumnElement[bool], ...]:
 
 
 def named_blobs(session: Session, hashes: Collection[str], job_seconds: float | None = None) -> set[str]:
-    """Those of the hashes that an artifact or a complete upload of any tenant names; see `unnamed_blobs`."""
+    """Those of the hashes that an artifact, a complete upload or what is kept of a job names; see `unnamed_blobs`."""
     artifacts = select(Artifact.sha256).where(Artifact.sha256.in_(hashes))
     if job_seconds is not None:
         artifacts = artifacts.where(~exists().where(Job.id == Artifact.job_id, *_old(job_seconds)))
@@ -88,4 +88,5 @@ def named_blobs(session: Session, hashes: Collection[str], job_seconds: float | 
         .join(Upload, Upload.id == UploadFile.upload_id)
         .where(UploadFile.sha256.in_(hashes), Upload.completed_at.is_not(None))
     )
-    return set(session.scalars(artifacts)) | set(session.scalars(uploads))
+    kept = select(KeptFile.sha256).where(KeptFile.sha256.in_(hashes))
+    return set(session.scalars(artifacts)) | set(session.scalars(uploads)) | set(session.scalars(kept))

@@ -224,14 +224,14 @@ class Checkpoint:
         """Lets go of the mapped files."""
         self._open.clear()
 
-    def digest(self, revision: str | None) -> str:
-        """Identity of the weights without reading them: headers and sizes, and times unless a revision pins them."""
+    def digest(self, pin: str | None) -> str:
+        """Identity of the weights without reading them: headers and sizes, and times unless `pin` names them."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         if self.presented is not None:
             digest.update(f"{self.presented.what}:{json.dumps(self._settings, sort_keys=True)}:".encode())
         for file in self.files:
             status = file.stat()
-            digest.update(f"{file.name}:{status.st_size}:{revision or status.st_mtime_ns}:".encode())
+            digest.update(f"{file.name}:{status.st_size}:{pin or status.st_mtime_ns}:".encode())
             digest.update(_header_bytes(file))
         return digest.hexdigest()
 

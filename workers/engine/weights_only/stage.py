@@ -161,7 +161,7 @@ def _fingerprint(order: AttemptOrder, checkpoint: Checkpoint) -> str:
     return fingerprint(
         {
             "request": order.request.model_dump(mode="json", include={"quantization", "formats"}),
-            "model": checkpoint.digest(order.model_revision),
+            "model": checkpoint.digest(order.model_pin),
             "code": code_version(),
             "libraries": library_versions(),
             "part_bytes": PART_BYTES,

@@ -1,0 +1,1 @@
+"""Several hosts: network namespaces of this machine that share a database, a broker and a bucket alone."""
