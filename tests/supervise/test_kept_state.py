@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
+from app.domain.request.job_request import JobRequest
 from app.store.clock import seconds_from_now
 from app.store.endings import requeue_lost
 from app.store.models import Job, KeptFile
@@ -16,10 +17,12 @@ from bitwright.errors import AttemptSuperseded
 from bitwright.events import LogEvent
 from bitwright.job_states import JobStatus
 from tests.supervise.bench import Bench, wait_for
+from workers.disk.orders import AttemptOrder
 from workers.disk.workspace import Workspace
 from workers.supervise.kept_state import bring_state
 
 SECOND = 1.0
+UPLOAD = "upl_" + "0" * 26
 
 
 def on_machine(bench: Bench, name: str, **settings: object) -> Bench:
@@ -176,3 +179,20 @@ def test_a_machine_that_has_computed_later_brings_nothing(sqlite_bench: Bench) -
     (state / "a").write_text("newer")
     bring_state(machine.context, machine.claim(), Workspace(machine.workspace(job_id)))
     assert (state / "a").read_text() == "newer"
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "pin"),
+    [
+        ({"source": "upload", "id": UPLOAD}, None, UPLOAD),
+        ({"source": "hub", "id": "org/model"}, "c" * 40, "c" * 40),
+        ("/models/m", None, None),
+    ],
+)
+def test_a_model_is_pinned_by_its_commit_or_its_upload(model: object, revision: str | None, pin: str | None) -> None:
+    """Files have other times on each machine: by them alone a job would begin anew there."""
+    request = JobRequest.parse({"model": model, "method": "rtn", "bits": 4})
+    order = AttemptOrder(
+        job_id="job_x", attempt=1, request=request, model_path="/m", model_revision=revision, device="cpu"
+    )
+    assert order.model_pin == pin
