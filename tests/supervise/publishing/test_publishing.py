@@ -18,6 +18,7 @@ from bitwright.errors import Conflict, InvalidRequest, NotFound
 from bitwright.job_states import JobStatus, PublicationStatus
 from bitwright.views import PublicationView
 from tests.bitwright.service import Service, running_service
+from tests.cli.processes import command
 from tests.supervise.bench import make_context
 from tests.supervise.publishing.fake_hub import FakeHub, Repository, running
 from workers.supervise.publish.publisher import Publisher
@@ -290,6 +291,27 @@ def test_a_commit_between_the_look_and_ours_is_not_lost(
     waits_no_more(service)
     publisher.once()
     assert told(service, job).status is PublicationStatus.FAILED, "now the last commit is somebody else's"
+
+
+@pytest.mark.slow
+def test_the_command_waits_and_its_exit_code_tells(
+    service: Service, hub: FakeHub, publisher: Publisher, job: str, tmp_path: Path
+) -> None:
+    token = tmp_path / "token.txt"
+    token.write_text(f"{TOKEN}\n")
+    flags = ("--hub-token-file", str(token), "--wait", "--url", service.url, "--key", service.key)
+    publisher.start()
+    try:
+        done = command("publish", job, HUB, *flags)
+        assert done.returncode == 0, done.stderr
+        assert f"{hub.url}/{HUB}/commit/{hub.repositories[HUB].commits[0][0]}" in done.stdout
+        hub.repositories[HUB].commit("Update README.md")
+        refused = command("publish", job, HUB, *flags)
+    finally:
+        publisher.stop()
+    assert refused.returncode == 1
+    assert "is not of Bitwright" in refused.stderr
+    assert TOKEN not in done.stdout + done.stderr + refused.stdout + refused.stderr
 
 
 def test_a_request_may_ask_to_be_published(service: Service) -> None:
