@@ -48,7 +48,8 @@ FROM runtime AS api
 COPY --from=build-api /opt/bitwright /opt/bitwright
 # A container is reached by its own address.
 ENV BITWRIGHT_HOST=0.0.0.0
-USER bitwright
+# bitwright, by its number: what runs containers cannot look names up.
+USER 10001
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/readyz', timeout=4)"]
@@ -64,5 +65,6 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # Kernels are kept here and loaded from here: writable, and not on a disk mounted with noexec, as Docker's tmpfs is.
 ENV TRITON_CACHE_DIR=/var/cache/bitwright/triton
 VOLUME /var/cache/bitwright
-USER bitwright
+# bitwright, by its number: what runs containers cannot look names up.
+USER 10001
 CMD ["bitwright", "worker"]

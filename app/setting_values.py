@@ -20,6 +20,7 @@ MOST_USERS = (1 << 32) - 1
 LONGEST_SOCKET_PATH = 107
 """Bytes that the path of a Unix socket may have."""
 TOKEN_KEY_BYTES = 32
+ACCELERATED = re.compile(r"(/[A-Za-z0-9_-]{1,64}){1,8}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,159}")
 
 DATABASES = ("sqlite", "sqlite+pysqlite", "postgresql", "postgres", "postgresql+psycopg")
@@ -250,6 +251,17 @@ def webhook_places(value: tuple[str, ...]) -> tuple[str, ...]:
         if network_of(word) is None and (not is_host(word) or "/" in word):
             way = "give names, addresses or networks alone, e.g. hooks.internal, 10.1.0.0/16"
             raise ValueError(f"{word!r} is neither a host nor a network; {way}")
+    return value
+
+
+def accelerated_path(value: str) -> str:
+    """A path of a proxy's own, without a slash at its end; empty: there is none.
+
+    Raises:
+        ValueError: it is no path, or one that the service answers itself.
+    """
+    if value and (not ACCELERATED.fullmatch(value) or value.startswith("/v1")):
+        raise ValueError("is no path that a proxy can have for itself; give one like /_bitwright_blobs")
     return value
 
 

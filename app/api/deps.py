@@ -15,6 +15,7 @@ from app.api.metrics import Metrics
 from app.api.pages.log_ins import LogIns
 from app.api.submission.hub_child import HubChild, Looks
 from app.api.submission.kept import Kept
+from app.api.tenancy.known_keys import KnownKeys
 from app.api.tenancy.later import WrittenLater
 from app.inspection.inspector import Inspector
 from app.settings import Settings
@@ -64,6 +65,10 @@ async def _later(state: Annotated["State", Depends(get_state)]) -> WrittenLater:
     return state.later
 
 
+async def _keys(state: Annotated["State", Depends(get_state)]) -> KnownKeys:
+    return state.keys
+
+
 async def _vault(state: Annotated["State", Depends(get_state)]) -> Vault:
     return state.vault
 
@@ -85,6 +90,7 @@ class State:
     blobs: BlobStore
     feed: EventFeed
     metrics: Metrics
+    keys: KnownKeys
     later: WrittenLater
     vault: Vault
     inspector: Inspector
@@ -107,6 +113,7 @@ QueueOf = Annotated[Kept[Mapping[str, Place]], Depends(_queue)]
 LogInsOf = Annotated[LogIns, Depends(_log_ins)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
 LaterOf = Annotated[WrittenLater, Depends(_later)]
+KeysOf = Annotated[KnownKeys, Depends(_keys)]
 VaultOf = Annotated[Vault, Depends(_vault)]
 HubTokenHeader = Annotated[
     SecretStr | None,

@@ -1,6 +1,6 @@
 """Jobs: submit, look, cancel, pause, resume, retry, delete."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import structlog
@@ -59,10 +59,10 @@ from app.store.tenancy.audit import record
 from app.store.tenancy.hub_tokens import TOKEN_FIELD, Vault, checked_token, keep_token
 from app.store.tenancy.quotas import require_queue_room
 from app.store.uploads import UploadRepository
-from app.store.waiting import Place
+from app.store.waiting import LONGEST_QUEUE, Place
 from app.store.workers import list_workers, live_classes
 from bitwright.errors import InvalidRequest
-from bitwright.job_states import JobStatus
+from bitwright.job_states import DeviceClass, JobStatus
 from bitwright.views import Page
 from bitwright.whole_numbers import with_whole_numbers
 
@@ -90,13 +90,14 @@ INPUT_PROBLEMS = (
     "over_limit",
     "unknown_module",
 )
+ACCEPTED_HEADERS = {
+    "Location": text_header("The job."),
+    "Retry-After": text_header("Seconds to wait before asking for it.", "integer"),
+    "Idempotency-Replayed": text_header("`true` if an earlier request had made the job."),
+}
 ACCEPTED = {
     "description": "The job is queued, or was by an earlier request with the same Idempotency-Key.",
-    "headers": {
-        "Location": text_header("The job."),
-        "Retry-After": text_header("Seconds to wait before asking for it.", "integer"),
-        "Idempotency-Replayed": text_header("`true` if an earlier request had made the job."),
-    },
+    "headers": ACCEPTED_HEADERS,
 }
 
 
@@ -140,7 +141,7 @@ def create_job(
 
     With `base_job`, or a job's id as `model`, finetuning starts from that job's result instead of quantizing.
     """
-    return submit_job(
+    made = submit_job(
         body=body,
         response=response,
         background=background,
@@ -158,6 +159,7 @@ def create_job(
         dry_run=dry_run,
         idempotency_key=idempotency_key,
     )
+    return made if isinstance(made, Response) else _answer_of(made, response)
 
 
 def submit_job(
@@ -239,7 +241,6 @@ def submit_job(
         )
         if then is not None and not job.replayed:
             then(session, job)
-        alive_classes = live_classes(session)
     queue.forget()
     view_of_job = accepted(job, response, queue)
     if not job.replayed:
@@ -247,7 +248,9 @@ def submit_job(
         metrics.submitted.labels(job.method).inc()
         log.info("job_queued", job_id=job.id, method=job.method, device=job.device)
         # After the commit, and after the answer: a broker that is down keeps no caller waiting.
-        background.add_task(notify_workers, job.device, alive_classes)
+        alive_classes = frozenset(DeviceClass(worker.device_class) for worker in alive)
+        if settings.broker_url:
+            background.add_task(notify_workers, job.device, alive_classes)
     return view_of_job
 
 
@@ -260,11 +263,21 @@ def accepted(job: Job, response: Response, queue: Kept[Mapping[str, Place]]) -> 
     return job_view(job, [], queue().get(job.id) if job.status is JobStatus.QUEUED else None)
 
 
-def _place(job: Job, queue: Kept[Mapping[str, Place]]) -> Place | None:
-    """Place of a queued job. A reader waits for the place of a job that has just come."""
-    if job.status is not JobStatus.QUEUED or job.held:
-        return None
-    return queue().get(job.id) or queue(wait=True).get(job.id)
+def _answer_of(view: JobView, response: Response) -> Response:
+    """The answer to a submission, with the headers that `accepted` has set."""
+    headers = {name: response.headers[name] for name in ACCEPTED_HEADERS if name in response.headers}
+    return _written(view, status_code=202, headers=headers)
+
+
+def _places(jobs: Sequence[Job], queue: Kept[Mapping[str, Place]]) -> Mapping[str, Place]:
+    """Places of those that are queued and not held. A reader waits for the place of a job that has just come."""
+    waiting = [job.id for job in jobs if job.status is JobStatus.QUEUED and not job.held]
+    if not waiting:
+        return {}
+    places = queue()
+    if len(places) >= LONGEST_QUEUE or all(job_id in places for job_id in waiting):
+        return places  # behind so many a job has none, however long one waits
+    return queue(wait=True)
 
 
 @router.get(
@@ -314,13 +327,14 @@ def list_jobs(
     filters = JobFilters(status=status, method=method, model=model, labels=labels_of(request.query_params))
     with database.reading() as session:
         page = JobRepository(session, principal.tenant_id).page(after=after, limit=limit, filters=filters)
-    items = [job_view(job, place=_place(job, queue)) for job in page.items]
+    places = _places(page.items, queue)
+    items = [job_view(job, place=places.get(job.id)) for job in page.items]
     return _written(Page[JobView](items=items, next_cursor=page.next_cursor))
 
 
-def _written(view: BaseModel) -> Response:
+def _written(view: BaseModel, **options: Any) -> Response:
     """An answer as pydantic writes it: the framework would check each field again, which takes as long as all else."""
-    return Response(view.model_dump_json(by_alias=True), media_type="application/json")
+    return Response(view.model_dump_json(by_alias=True), media_type="application/json", **options)
 
 
 def labels_of(query: QueryParams) -> dict[str, str]:
@@ -356,8 +370,8 @@ def read_job(database: Database, tenant_id: str, job_id: str, queue: Kept[Mappin
     with database.reading() as session:
         repository = JobRepository(session, tenant_id)
         job = repository.get(job_id)
-        attempts = repository.attempts(job_id)
-    return job_view(job, attempts, _place(job, queue))
+        attempts = repository.attempts_of(job)
+    return job_view(job, attempts, _places([job], queue).get(job.id))
 
 
 @router.delete(

@@ -29,9 +29,11 @@ from app.api.pages import keys as key_page
 from app.api.submission import exports
 from app.api.submission.hub_child import HubChild
 from app.api.submission.kept import Kept
+from app.api.tenancy.known_keys import KnownKeys
 from app.api.tenancy.later import WrittenLater
 from app.api.tenancy.store_gauges import StoreGauges
 from app.api.webhooks import endpoints
+from app.domain.access import Principal
 from app.inspection.inspector import inspector_of_process
 from app.logs import configure_logging
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
@@ -40,7 +42,7 @@ from app.store.events import StoredEvent, events_after
 from app.store.jobs import count_by_status
 from app.store.session import REQUESTS, Database
 from app.store.tenancy.hub_tokens import Vault
-from app.store.tenancy.keys import good_keys
+from app.store.tenancy.keys import authenticate, good_keys
 from app.store.waiting import Place, places
 
 OPENAI_MODULES = (openai_files, fine_tuning)
@@ -108,6 +110,10 @@ def build_state(settings: Settings) -> State:
         with database.reading() as session:
             return good_keys(session, key_ids)
 
+    def find_key(plaintext: str) -> Principal:
+        with database.reading() as session:
+            return authenticate(session, plaintext)
+
     metrics = Metrics(count_jobs, lambda: feed.streams)
     metrics.registry.register(StoreGauges(database, by_tenant=settings.metrics_by_tenant))
     feed = EventFeed(
@@ -123,6 +129,7 @@ def build_state(settings: Settings) -> State:
         blobs=open_blobs(settings.blob_url),
         feed=feed,
         metrics=metrics,
+        keys=KnownKeys(find_key),
         later=WrittenLater(database),
         vault=Vault(settings.token_keys),
         inspector=inspector_of_process(),

@@ -1,6 +1,8 @@
 """Rows of the store as the views that the API answers with."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import structlog
@@ -23,6 +25,10 @@ from bitwright.views import (
 )
 
 Part = TypeVar("Part", bound=BaseModel)
+KEPT_REQUESTS = 2000
+KEPT_SIZE = 16_384
+"""Characters of the longest request that is kept understood."""
+_REQUESTS: dict[str, "_Understood"] = {}
 log = structlog.get_logger(__name__)
 
 
@@ -33,13 +39,14 @@ def job_view(job: Job, attempts: Sequence[Attempt] | None = None, place: Place |
 
     A job that another version of the service has stored is shown as far as this one understands it.
     """
-    return JobView(
+    understood = _understood_request(job.id, job.request)
+    view = JobView(
         id=job.id,
         status=job.status,
         method=job.method,
         recipe=job.recipe,
         model=job.model,
-        request=_understood(JobRequest, job.request, job.id) or job.request,
+        request=job.request if understood is None else understood.request,
         attempt=job.attempt,
         attempts=[attempt_view(attempt) for attempt in attempts or ()],
         cancel_requested=job.cancel_requested,
@@ -55,6 +62,7 @@ def job_view(job: Job, attempts: Sequence[Attempt] | None = None, place: Place |
         started_at=job.started_at,
         finished_at=job.finished_at,
     )
+    return view.with_written(job.request if understood is None else understood.written)
 
 
 def attempt_view(attempt: Attempt) -> AttemptView:
@@ -68,6 +76,31 @@ def attempt_view(attempt: Attempt) -> AttemptView:
         error=_understood(ErrorData, attempt.error, attempt.job_id),
         blocks_done=attempt.blocks_done,
     )
+
+
+@dataclass(frozen=True)
+class _Understood:
+    """A stored request as this version understands it, and as it writes it into an answer."""
+
+    stored: JsonObject
+    request: JobRequest
+    written: JsonObject
+
+
+def _understood_request(job_id: str, stored: JsonObject) -> _Understood | None:
+    """A job's request, kept for the next look: to check one again takes longer than all else of a list."""
+    kept = _REQUESTS.get(job_id)
+    if kept is not None and kept.stored == stored:
+        return kept
+    request = _understood(JobRequest, stored, job_id)
+    if request is None:
+        return None
+    understood = _Understood(stored, request, request.model_dump(mode="json"))
+    if len(json.dumps(stored)) <= KEPT_SIZE:
+        if len(_REQUESTS) >= KEPT_REQUESTS:
+            _REQUESTS.clear()
+        _REQUESTS[job_id] = understood
+    return understood
 
 
 def _understood(kind: type[Part], stored: JsonObject | None, job_id: str) -> Part | None:

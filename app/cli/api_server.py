@@ -4,6 +4,7 @@ Event streams end at once and say when to come back; requests and downloads get 
 thread after `LAST_SECONDS` ends with the process.
 """
 
+import gc
 import os
 import socket
 import threading
@@ -16,6 +17,8 @@ END_STREAMS = "end_streams"
 """Name in the application's lifespan state of the function that ends all event streams."""
 ENDING_SECONDS = 3
 LAST_SECONDS = 8.0
+COLLECTED_AFTER = (20_000, 20, 50)
+"""Thresholds of the garbage collector: a page of a list alone makes some thousand objects, none of them in cycles."""
 EXIT_HANGING = 70
 """Exit code (EX_SOFTWARE) of a process whose threads did not end."""
 
@@ -44,6 +47,13 @@ class Server(uvicorn.Server):
             super().run(sockets)
         finally:
             self._last.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve; what is loaded by now stays, and is looked through by the collector no more."""
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*COLLECTED_AFTER)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End: streams first, then all else."""

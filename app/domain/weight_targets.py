@@ -260,7 +260,7 @@ def _candidates(
             reason = None if spec.scheme_of(HEAD) is not None and tensor.endswith(WEIGHT) else "the head"
         if tensor == matrix:
             reason = None
-        if config.get("model_type") in CONV1D:
+        if str(config.get("model_type")) in CONV1D:
             reason = "stored (in, out), as a Conv1D"
         if reason is not None:
             left[module] = reason
@@ -352,7 +352,7 @@ def _experts(tensor: str, shape: tuple[int, ...], text: Mapping[str, object]) ->
     out, width = (columns, rows) if transposed else (rows, columns)
     parent, _, projection = module.rpartition(".")
     names = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
-    interleaved = text.get("model_type") in INTERLEAVED
+    interleaved = str(text.get("model_type")) in INTERLEAVED
     if out % len(names) or min(out // len(names), width) < LEAST_SIDE:
         return
     for expert in range(count):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from sqlalchemy import Select, delete, func, select, update
+from sqlalchemy import Select, delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from app.domain.request.job_request import JobRequest
@@ -15,7 +15,7 @@ from app.store.hub.names import take_name
 from app.store.idempotency import Idempotency, find_key, made_by, take_key
 from app.store.ids import is_id, new_id, require_id
 from app.store.job_pages import JobFilters, newest_jobs
-from app.store.models import Attempt, IdempotencyKey, Job, JobLabel, JobUpload, Upload
+from app.store.models import Attempt, IdempotencyKey, Job, JobLabel, JobUpload, Upload, table_of
 from app.store.status import begin, enter, hold
 from bitwright.errors import Conflict, IllegalTransition, InvalidRequest, NotFound
 from bitwright.job_states import FINAL_STATUSES, JobStatus
@@ -55,15 +55,17 @@ class JobRepository:
                 earlier.replayed = True
                 return earlier
         uploads = self._uploads(request)
-        begin(self._session, _queued(job_id, self._tenant_id, request, recipe))
-        for name, value in request.metadata.items():
-            self._session.add(JobLabel(job_id=job_id, tenant_id=self._tenant_id, name=name, value=value))
+        job = _queued(job_id, self._tenant_id, request, recipe)
+        begin(self._session, job)
+        ours = {"job_id": job_id, "tenant_id": self._tenant_id}
+        if request.metadata:
+            labels = [{**ours, "name": name, "value": value} for name, value in request.metadata.items()]
+            self._session.execute(insert(table_of(JobLabel)).values(labels))
         if request.name is not None:
             take_name(self._session, self._tenant_id, job_id, request.name)
         for upload_id in uploads:
-            self._session.add(JobUpload(job_id=job_id, tenant_id=self._tenant_id, upload_id=upload_id))
-        self._session.flush()
-        return self.get(job_id)
+            self._session.execute(insert(table_of(JobUpload)).values(**ours, upload_id=upload_id))
+        return job
 
     def find_replayed(self, idempotency: Idempotency) -> Job | None:
         """The job that an earlier request with this key made, with `replayed` set; None if the key is free.
@@ -188,8 +190,13 @@ class JobRepository:
         Raises:
             NotFound: the tenant has no such job.
         """
-        self.get(job_id)
-        return self._session.scalars(select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.number)).all()
+        return self.attempts_of(self.get(job_id))
+
+    def attempts_of(self, job: Job) -> Sequence[Attempt]:
+        """The attempts of a job that was read here, first to last."""
+        if not job.attempt:
+            return ()
+        return self._session.scalars(select(Attempt).where(Attempt.job_id == job.id).order_by(Attempt.number)).all()
 
     def _hold(self, job_id: str, *, held: bool) -> Job:
         job = self._locked(job_id)

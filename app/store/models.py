@@ -1,7 +1,7 @@
 """The tables. Every row of a tenant carries `tenant_id`; workers and the sweep's lease belong to the service."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import (
     JSON,
@@ -13,6 +13,7 @@ from sqlalchemy import (
     Index,
     MetaData,
     String,
+    Table,
     Text,
     UniqueConstraint,
     false,
@@ -63,6 +64,11 @@ class Base(DeclarativeBase):
         JsonObject: JSON(none_as_null=True),
         list[str]: JSON(none_as_null=True),
     }
+
+
+def table_of(kind: type[Base]) -> Table:
+    """The table of a kind of row, for statements that make rows and no objects of them."""
+    return cast(Table, kind.__table__)
 
 
 class Tenant(Base):

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, select, update
+from sqlalchemy import ColumnElement, insert, select, update
 from sqlalchemy.orm import Session
 
 from app.domain.job_states import TRANSITIONS
 from app.store.clock import now
 from app.store.documents import document
 from app.store.hub.publications import begin_if_asked
-from app.store.models import Event, Job
+from app.store.models import Event, Job, table_of
 from app.store.tenancy.hub_tokens import erase_token
 from app.store.tenancy.usage import add_usage
 from app.store.webhooks.outbox import tell_of_job
@@ -97,6 +97,5 @@ def _tell(
 ) -> None:
     """attempt   of a status, its own"""
     number = event.attempt if isinstance(event, StatusEvent) else attempt
-    row = Event(job_id=job_id, sequence=sequence, tenant_id=tenant_id, attempt=number, data=document(event))
-    session.add(row)
-    session.flush()
+    row = {"job_id": job_id, "sequence": sequence, "tenant_id": tenant_id, "attempt": number}
+    session.execute(insert(table_of(Event)).values(**row, data=document(event)))

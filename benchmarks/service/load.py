@@ -23,12 +23,14 @@ import httpx
 from app.domain.access import Scope
 from app.store.session import Database, migrate
 from app.store.tenancy.keys import ensure_tenant, issue_key
+from benchmarks.service.connections import connected
 from benchmarks.service.running import running_api
 from tests import servers
 
 JOB = {"model": "org/model", "method": "rtn", "bits": 4, "metadata": {"commit": "abc", "team": "x"}}
 READERS, SUBMITTERS, LISTERS = 16, 8, 8
-Call = Callable[[], Awaitable[httpx.Response]]
+Call = Callable[[], Awaitable[int]]
+"""A request; the status of its answer."""
 
 
 def main() -> None:
@@ -70,21 +72,19 @@ def _service(stack: ExitStack, postgres: Any, tree: str, jobs: int) -> tuple[str
 
 
 async def _measure(address: str, key: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    limits = httpx.Limits(max_connections=64, max_keepalive_connections=64)
-    headers = {"Authorization": f"Bearer {key}"}
-    async with httpx.AsyncClient(base_url=address, headers=headers, limits=limits, timeout=300) as client:
-        page = (await client.get("/v1/jobs?limit=50")).json()["items"]
-        ids = [job["id"] for job in page]
+    async with connected(address, key) as service:
+        _, page = await service.ask("GET", "/v1/jobs?limit=50")
+        ids = [job["id"] for job in json.loads(page)["items"]]
         turn = iter(range(10**9))
 
-        async def read() -> httpx.Response:
-            return await client.get(f"/v1/jobs/{ids[next(turn) % len(ids)]}")
+        async def read() -> int:
+            return (await service.ask("GET", f"/v1/jobs/{ids[next(turn) % len(ids)]}"))[0]
 
-        async def submit() -> httpx.Response:
-            return await client.post("/v1/jobs", json={**JOB, "seed": next(turn)})
+        async def submit() -> int:
+            return (await service.ask("POST", "/v1/jobs", {**JOB, "seed": next(turn)}))[0]
 
-        async def listed() -> httpx.Response:
-            return await client.get("/v1/jobs?limit=50")
+        async def listed() -> int:
+            return (await service.ask("GET", "/v1/jobs?limit=50"))[0]
 
         seconds = arguments.seconds
         told: dict[str, Any] = {
@@ -105,7 +105,9 @@ async def _saturate(call: Call, connections: int, seconds: float) -> float:
     async def caller() -> None:
         nonlocal answers
         while time.perf_counter() < ends:
-            (await call()).raise_for_status()
+            status = await call()
+            if status >= 300:
+                raise RuntimeError(f"an answer of status {status}")
             answers += 1
 
     started = time.perf_counter()
@@ -119,10 +121,10 @@ async def _at_rate(call: Call, rate: float, seconds: float) -> dict[str, Any]:
 
     async def one(due: float) -> float | None:
         try:
-            answer = await call()
-        except httpx.HTTPError:
+            status = await call()
+        except (OSError, asyncio.IncompleteReadError):
             return None
-        return (time.perf_counter() - due) * 1000 if answer.is_success else None
+        return (time.perf_counter() - due) * 1000 if status < 300 else None
 
     for number in range(int(rate * seconds)):
         due = started + number / rate

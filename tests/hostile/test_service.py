@@ -3,6 +3,7 @@
 import os
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from app.inspection import inspector
 from tests.api.checkpoints import write_checkpoint
 from tests.api.conftest import Api, make_settings, run_api
 from tests.hostile.corpus import cases
+from tests.hostile.inputs import inputs
 
 SECONDS, OWN_BYTES = 10.0, 256 << 20
 """The most that a case may take, and that the API's process may grow by; its children have limits of their own."""
@@ -22,20 +24,22 @@ def api(tmp_path: Path, sqlite_url: str) -> Iterator[Api]:
     yield from run_api(make_settings(tmp_path, sqlite_url))
 
 
-def test_every_case_is_refused_with_its_code_and_the_service_goes_on(api: Api) -> None:
+@pytest.mark.parametrize("method", ["signround", pytest.param("rtn", marks=pytest.mark.slow)])
+def test_every_case_is_refused_with_its_code_and_the_service_goes_on(api: Api, method: str) -> None:
+    """By a method that runs the model, and by one that reads its weights alone, of any type of model."""
     assert inspector.LIMITS.memory_bytes <= 1 << 30
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     root, wrong, slow = api.folder / "models", dict[str, str](), dict[str, float]()
     corpus = cases()
+    kinds = Counter(case.name.partition(":")[0].partition(" by ")[0] for case in corpus)
+    print(f"{len(corpus)} hostile checkpoints: {dict(kinds)}; {len(inputs())} hostile inputs of attempts")  # noqa: T201 (how many there are)
     assert len(corpus) >= 200
     for number, case in enumerate(corpus):
         folder = root / f"case-{number}"
         folder.mkdir()
         case.make(folder)
         begun = time.monotonic()
-        response = api.client.post(
-            "/v1/jobs?dry_run=true", json={"model": str(folder), "method": "signround", "bits": 4}
-        )
+        response = api.client.post("/v1/jobs?dry_run=true", json={"model": str(folder), "method": method, "bits": 4})
         seconds = time.monotonic() - begun
         if seconds > SECONDS:
             slow[case.name] = seconds

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from app.api.auth import Administrator
-from app.api.deps import DatabaseOf
+from app.api.deps import DatabaseOf, KeysOf
 from app.api.http.documentation import problems
 from app.api.tenancy.admission import actor
 from app.domain.access import Scope
@@ -46,9 +46,9 @@ def list_keys(tenant_id: str, principal: Administrator, database: DatabaseOf) ->
     status_code=204,
     responses=problems("not_found"),
 )
-def revoke_key(tenant_id: str, key_id: str, principal: Administrator, database: DatabaseOf) -> None:
+def revoke_key(tenant_id: str, key_id: str, principal: Administrator, database: DatabaseOf, known: KeysOf) -> None:
     """End a key's life at once, and its event streams within seconds. May be repeated."""
-    with database.transaction() as session:
+    with known.changing(database) as session:
         get_tenant(session, tenant_id)
         keys.revoke_key(session, tenant_id, key_id)
         record(session, actor(principal), "key.revoked", key_id, {"tenant": tenant_id})
@@ -62,10 +62,10 @@ def revoke_key(tenant_id: str, key_id: str, principal: Administrator, database: 
     responses=problems("not_found", "conflict"),
 )
 def rotate_key(
-    tenant_id: str, key_id: str, body: RotationRequest, principal: Administrator, database: DatabaseOf
+    tenant_id: str, key_id: str, body: RotationRequest, principal: Administrator, database: DatabaseOf, known: KeysOf
 ) -> NewKeyView:
     """A new key in place of one, which is valid until the overlap ends, so that programs can change over one by one."""
-    with database.transaction() as session:
+    with known.changing(database) as session:
         get_tenant(session, tenant_id)
         key, text = keys.rotate_key(session, tenant_id, key_id, overlap_seconds=body.overlap_seconds)
         record(session, actor(principal), "key.rotated", key_id, {"tenant": tenant_id, "new_key": key.id})

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query, Response
 from sqlalchemy.orm import Session
 
 from app.api.auth import Administrator
-from app.api.deps import DatabaseOf, SettingsOf, VaultOf
+from app.api.deps import DatabaseOf, KeysOf, SettingsOf, VaultOf
 from app.api.http.documentation import problems, text_header
 from app.api.tenancy.admission import actor
 from app.domain.inputs.roots import lies_under
@@ -86,11 +86,16 @@ def get_tenant(tenant_id: str, principal: Administrator, database: DatabaseOf) -
     responses=problems("not_found"),
 )
 def change_tenant(
-    tenant_id: str, body: TenantChange, principal: Administrator, settings: SettingsOf, database: DatabaseOf
+    tenant_id: str,
+    body: TenantChange,
+    principal: Administrator,
+    settings: SettingsOf,
+    database: DatabaseOf,
+    known: KeysOf,
 ) -> TenantView:
     """Fields that the body leaves out stay. Of a suspended tenant keys are refused, streams end, queued jobs wait."""
     check_roots(body.model_roots, settings)
-    with database.transaction() as session:
+    with known.changing(database) as session:
         tenant = tenants.change_tenant(session, tenant_id, body)
         changed = dict.fromkeys(sorted(body.model_fields_set), True)
         record(session, actor(principal), "tenant.changed", tenant_id, {**changed, "suspended": body.suspended})
@@ -104,9 +109,9 @@ def change_tenant(
     status_code=204,
     responses=problems("not_found", "conflict"),
 )
-def delete_tenant(tenant_id: str, principal: Administrator, database: DatabaseOf) -> None:
+def delete_tenant(tenant_id: str, principal: Administrator, database: DatabaseOf, known: KeysOf) -> None:
     """Remove a tenant that has no job and no upload, with its keys and its use. The audit log stays."""
-    with database.transaction() as session:
+    with known.changing(database) as session:
         tenants.delete_tenant(session, tenant_id)
         record(session, actor(principal), "tenant.deleted", tenant_id)
     log.info("tenant_deleted", deleted=tenant_id)

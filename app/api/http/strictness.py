@@ -11,7 +11,6 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.dependencies.models import Dependant
-from starlette.concurrency import run_in_threadpool
 
 from app.api.auth import administrator, bearer, find_principal, name_caller, reader, submitter
 from app.api.deps import get_state
@@ -40,7 +39,7 @@ async def refuse_unread(request: Request) -> None:
     for each in _dependants(route.dependant):
         if each.call in (reader, submitter, administrator):
             asked = (request, await get_state(request), await bearer(request))
-            principal = await run_in_threadpool(find_principal, *asked)
+            principal = await find_principal(*asked)
             await each.call(await name_caller(principal))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     raise InvalidRequest(f"{problems[0].field}: {problems[0].detail}{more}", errors=tuple(problems[:MAX_PROBLEMS]))

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from starlette.responses import RedirectResponse, Response
 
 from app.api.admin.keys import create_key, revoke_key, rotate_key
-from app.api.deps import DatabaseOf
+from app.api.deps import DatabaseOf, KeysOf
 from app.api.pages.rendering import page, root_of
 from app.api.pages.session import FORM, SEE_OTHER, Form, OwnForm, Visitor, VisitorOf, page_router
 from app.domain.access import Scope
@@ -41,18 +41,22 @@ def make_key(request: Request, form: OwnForm, found: VisitorOf, database: Databa
 
 
 @router.post("/keys/{key_id}/rotate", openapi_extra=FORM)
-def replace_key(request: Request, key_id: str, _form: OwnForm, found: VisitorOf, database: DatabaseOf) -> Response:
+def replace_key(
+    request: Request, key_id: str, _form: OwnForm, found: VisitorOf, database: DatabaseOf, known: KeysOf
+) -> Response:
     """A new key in place of one, which is valid for a day more."""
     found.demand(Scope.ADMIN)
-    made = rotate_key(found.principal.tenant_id, key_id, RotationRequest(), found.principal, database)
+    made = rotate_key(found.principal.tenant_id, key_id, RotationRequest(), found.principal, database, known)
     return _page(request, found, database, status=201, made=made)
 
 
 @router.post("/keys/{key_id}/revoke", openapi_extra=FORM)
-def end_key(request: Request, key_id: str, _form: OwnForm, found: VisitorOf, database: DatabaseOf) -> Response:
+def end_key(
+    request: Request, key_id: str, _form: OwnForm, found: VisitorOf, database: DatabaseOf, known: KeysOf
+) -> Response:
     """End a key's life, and back to the list; with the session's own key the session ends."""
     found.demand(Scope.ADMIN)
-    revoke_key(found.principal.tenant_id, key_id, found.principal, database)
+    revoke_key(found.principal.tenant_id, key_id, found.principal, database, known)
     return RedirectResponse(f"{root_of(request)}/keys", SEE_OTHER)
 
 

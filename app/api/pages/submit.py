@@ -111,7 +111,8 @@ def take_form(
     if dry:
         answer = Answer(body, view=PreflightView.model_validate_json(made.body))
         return _form(request, found, database, form, answer)
-    return RedirectResponse(f"{root_of(request)}/jobs/{made.id}", SEE_OTHER, background=background)
+    job = str(made.headers["Location"]).removeprefix("/v1")
+    return RedirectResponse(f"{root_of(request)}{job}", SEE_OTHER, background=background)
 
 
 def _form(

@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 Value = TypeVar("Value")
 
 
-SHARE = 4
-"""After a change it is asked again once this many times the last question's duration is over: a fifth of the time."""
+SHARE = 9
+"""After a change it is asked again once this many times the last question's duration is over: a tenth of the time."""
 
 
 class Kept(Generic[Value]):

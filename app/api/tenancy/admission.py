@@ -28,15 +28,20 @@ def actor(principal: Principal) -> Actor:
     return Actor(principal.tenant_id, principal.key_id, None if bound is None else str(bound))
 
 
-def count_post(request: Request, principal: Principal, settings: Settings, database: Database) -> None:
+def posts_per_minute(request: Request, principal: Principal, settings: Settings) -> int | None:
+    """The rate that a request counts for; None if it is no POST, or the tenant has no rate."""
+    if request.method != "POST":
+        return None
+    own = principal.quotas.posts_per_minute
+    return settings.tenant_quotas.posts_per_minute if own is None else own
+
+
+def count_post(request: Request, principal: Principal, per_minute: int, database: Database) -> None:
     """Count a POST request of a tenant that has a rate; its answer tells what is left.
 
     Raises:
         RateLimitExceeded: nothing is left.
     """
-    per_minute = principal.quotas.over(settings.tenant_quotas).posts_per_minute
-    if request.method != "POST" or per_minute is None:
-        return
     with database.transaction() as session:
         spent = spend_post(session, principal.tenant_id, per_minute)
     limit = Limit(POSTS, per_minute, spent.remaining, None, WINDOW_SECONDS, spent.seconds)

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy import ColumnElement, delete, insert, select
 from sqlalchemy.orm import Session
 
 from app.store.clock import now, seconds_from_now
 from app.store.ids import is_id, new_id
 from app.store.jobs import Page
-from app.store.models import AuditEntry
+from app.store.models import AuditEntry, table_of
 from bitwright.errors import InvalidRequest
 
 REMOVED_AT_ONCE = 5000
@@ -29,19 +29,17 @@ def record(
     session: Session, actor: Actor, action: str, subject: str, details: Mapping[str, object] | None = None
 ) -> None:
     """Add an entry, in the transaction of what it tells of: both are there, or neither is."""
-    session.add(
-        AuditEntry(
-            id=new_id("aud"),
-            at=now(),
-            tenant_id=actor.tenant_id,
-            key_id=actor.key_id,
-            action=action,
-            subject=subject[:64],
-            request_id=None if actor.request_id is None else actor.request_id[:64],
-            details=dict(details) if details else None,
-        )
-    )
-    session.flush()
+    entry = {
+        "id": new_id("aud"),
+        "at": now(),
+        "tenant_id": actor.tenant_id,
+        "key_id": actor.key_id,
+        "action": action,
+        "subject": subject[:64],
+        "request_id": None if actor.request_id is None else actor.request_id[:64],
+        "details": dict(details) if details else None,
+    }
+    session.execute(insert(table_of(AuditEntry)).values(entry))
 
 
 def audit_page(
