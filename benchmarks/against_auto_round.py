@@ -82,7 +82,7 @@ class QualityMeter:
 
 
 def ours(given: argparse.Namespace, scheme: Scheme, preset: str, seed: int, meter: QualityMeter) -> dict[str, Any]:
-    quantization = {"method": "signround", "preset": preset} | scheme.model_dump()
+    quantization = {"method": "signround", "preset": preset} | scheme.model_dump(exclude={"name"})
     if preset == "recipe":
         quantization |= {"preset": "default", "scale_search": False}
     model, text = (str(Path(path).resolve()) for path in (given.model, given.calibration))

@@ -3,22 +3,25 @@
     python -m benchmarks.end_to_end MODEL --calibration calibration.jsonl --choice other.jsonl --valid valid.jsonl \
         --scheme mxfp4a16 --settings steps=0 steps=100,codes=0 steps=100 steps=200,pace=0.25
 
-Blocks are quantized once, as the preset `default` of SignRound does. A row of each setting: KL on the held-out share of
-the calibration text before and after; KL on the text of `--choice`, which nothing is tuned on, to choose a setting by;
-KL and perplexity on that of `--valid`, to publish of the one that was chosen; weights whose code changed, and seconds.
-Models are judged by transformers, as in `benchmarks.number_formats`.
+Blocks are quantized once, as the preset `default` of SignRound does. A row of each setting: KL on the text of
+`--choice`, which nothing is tuned on, to choose a setting by; KL on each text of `--valid`, to publish of the one that
+was chosen, and perplexity on the first; KL on the held-out share of the tuned text before and after; weights whose code
+changed, and seconds. Models are judged by transformers, as in `benchmarks.number_formats`.
 
     steps   end to end; 0: blocks as they are
     codes   0: codes stay
+    norms   0: norms stay
     pace    of codes, in parts of the rate of scales
     rate    of scales at its highest
     box     the farthest that a place starts from its code
     batch   sequences a step
     beta    of m; beta2: of v
+    further sequences of `--further` that are tuned on besides; own=1: in place of the calibration's
     seed    of the order of sequences and of the held-out share
 """
 
 import argparse
+import json
 import tempfile
 import time
 from dataclasses import replace
@@ -27,14 +30,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.request.job_request import JobRequest
-from benchmarks.against_auto_round import QualityMeter, read_text
+from benchmarks.against_auto_round import QualityMeter, parse_scheme, read_text, windows
 from workers.contracts.blocks import BlockTask
 from workers.disk.orders import AttemptOrder
 from workers.engine import goal, quantize, scales
 from workers.engine.opening import open_job
+from workers.engine.quantize.activations import Activations
 from workers.engine.reporter import Reporter
 from workers.engine.scales import memory_plan, moving_codes, tuning
 from workers.engine.scales import stage as scales_stage
@@ -42,7 +46,7 @@ from workers.engine.untrusted.asking import JobInput
 from workers.methods import sign_round
 from workers.numerics.quantized import BlockWeight
 
-HEADER = "| setting | KL, choice | KL | perplexity | held out, before | after | codes | seconds |\n" + "|---" * 8 + "|"
+HEADER = "| setting | KL, choice | KL of each text | perplexity | held out, before | after | codes | seconds |\n"
 PACE, BOX, RATE, BETAS, BATCH = moving_codes.PACE_CODES, moving_codes.BOX, tuning.LEARNING_RATE, tuning.BETAS, 4
 
 
@@ -59,7 +63,29 @@ def apply(setting: dict[str, float]) -> None:
     memory_plan.SCALE_BATCH_SIZE = int(setting.get("batch", BATCH))
 
 
-def tune(job: Any, quantized: Any, setting: dict[str, float]) -> str:
+def original_states(job: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings of sequences, and the original model's hidden states after its last block."""
+    with job.model.loaded(*job.model.layout.outer):
+        states = Activations(job.model, ids, job.plan, keep_inputs=False)
+    for index, block in enumerate(job.model.blocks):
+        with job.model.loaded(job.model.layout.block(index)):
+            states.advance_original(index, block)
+    return states.quantized, states.original
+
+
+def with_further(task: Any, further: tuple[Tensor, Tensor] | None, setting: dict[str, float]) -> Any:
+    """The task with more sequences beside or in place of its own."""
+    if further is None or not setting.get("further"):
+        return task
+    inputs, targets = (states[: int(setting["further"])] for states in further)
+    return (
+        replace(task, inputs=inputs, targets=targets)
+        if setting.get("own")
+        else replace(task, further=(inputs, targets))
+    )
+
+
+def tune(job: Any, quantized: Any, setting: dict[str, float], further: tuple[Tensor, Tensor] | None) -> str:
     """Tunes by a setting and makes the result that of the finished blocks; the end of a row."""
     apply(setting)
     if not setting.get("steps", 100):
@@ -67,10 +93,11 @@ def tune(job: Any, quantized: Any, setting: dict[str, float]) -> str:
     started = time.perf_counter()
     quantized.calibration.rewind(job.model)
     task = replace(
-        scales_stage._task(job, quantized.calibration, quantized.evaluation, quantized.head),
+        scales_stage._task(job, quantized.calibration, quantized),
         steps=int(setting.get("steps", 100)),
         codes=bool(setting.get("codes", 1)),
     )
+    task = with_further(replace(task, norms=bool(setting.get("norms", task.norms))), further, setting)
     found = tuning.tune_scales(replace(task, seed=task.seed + int(setting.get("seed", 0))))
     if isinstance(found, memory_plan.Skipped):
         return found.reason
@@ -91,23 +118,36 @@ def weights(job: Any) -> dict[str, Tensor]:
     return found
 
 
-def stage_of(settings: list[str], model: str, meters: list[QualityMeter]) -> Any:
+def stage_of(given: argparse.Namespace, model: str, meters: list[QualityMeter]) -> Any:
     """In place of the stage: all settings, and then the end."""
 
     def stage(job: Any, quantized: Any) -> None:
         print(HEADER, flush=True)
         before = job.finished_blocks._state
-        for text in settings:
-            end = tune(job, quantized, {key: float(value) for key, _, value in map(partition, text.split(","))})
+        further = None
+        if given.further:
+            ids = windows(AutoTokenizer.from_pretrained(model), mixed(given.further), given.length)[:, 0]
+            further = original_states(job, ids[: given.further_sequences])
+        for text in given.settings:
+            setting = {key: float(value) for key, _, value in map(partition, text.split(","))}
+            end = tune(job, quantized, setting, further)
             whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
             whole.load_state_dict(weights(job), strict=False)
-            choice, valid = (meter(whole) for meter in meters)
-            figures = f"{choice['kl']:.5f} | {valid['kl']:.5f} | {valid['perplexity']:.3f}"
+            choice, *valid = (meter(whole) for meter in meters)
+            each = " ".join(f"{judged['kl']:.5f}" for judged in valid)
+            figures = f"{choice['kl']:.5f} | {each} | {valid[0]['perplexity']:.3f}"
             print(f"| {text} | {figures} {end}", flush=True)
             job.finished_blocks._state, job.finished_blocks._scales = before, {}
         raise Done
 
     return stage
+
+
+def mixed(paths: list[str]) -> str:
+    """Rows of several files in turn, those of a longer file at the end."""
+    rows = [[json.loads(line)["text"] for line in Path(path).read_text().splitlines()] for path in paths]
+    order = sorted((place / len(own), file, place) for file, own in enumerate(rows) for place in range(len(own)))
+    return "\n\n".join(rows[file][place] for _, file, place in order)
 
 
 def partition(text: str) -> tuple[str, str, str]:
@@ -125,8 +165,10 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--choice", required=True)
-    parser.add_argument("--valid", required=True)
-    parser.add_argument("--scheme", default="mxfp4a16")
+    parser.add_argument("--valid", required=True, nargs="+")
+    parser.add_argument("--scheme", default="mxfp4a16", help="a name, or like W2g64 and W3g64a")
+    parser.add_argument("--further", nargs="*", help="texts of the stage alone, document by document in turn")
+    parser.add_argument("--further-sequences", type=int, default=512)
     parser.add_argument("--settings", nargs="+", required=True)
     parser.add_argument("--only", help="pattern of the linears that have the scheme; others have q8_0")
     parser.add_argument("--start", choices=["gptq", "search"], default="gptq", help="of llama.cpp's types")
@@ -141,6 +183,9 @@ def main() -> None:
     rate = {} if given.learning_rate is None else {"learning_rate": given.learning_rate}
     only = {"overrides": {given.only: {"scheme": given.scheme}}} if given.only else {}
     scheme = {"scheme": "q8_0" if only else given.scheme, "modules": only}
+    if given.scheme.startswith("W"):
+        found = parse_scheme(given.scheme)
+        scheme = {"bits": found.bits, "group_size": found.group_size, "symmetric": found.symmetric}
     if given.start == "search":
         sign_round.compensated = not_compensated
     body = {
@@ -162,8 +207,8 @@ def main() -> None:
         calibration_path=calibration,
         device=device,
     )
-    meters = [QualityMeter(model, read_text(text), given.sequences, device) for text in (given.choice, given.valid)]
-    scales.run = stage_of(given.settings, model, meters)
+    meters = [QualityMeter(model, read_text(text), given.sequences, device) for text in (given.choice, *given.valid)]
+    scales.run = stage_of(given, model, meters)
     with (
         tempfile.TemporaryDirectory() as folder,
         open_job(order, Path(folder), Reporter(lambda _: None), 0, JobInput.of(order, Path(folder), 0)) as job,

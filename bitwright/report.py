@@ -114,7 +114,8 @@ class BlockReport(ReportPart):
 class ScaleReport(ReportPart):
     """The stage that tunes all scales together against the original model's next-token distribution.
 
-    On floating-point grids the blocks' norms are tuned along, and codes of MXFP4 where there is room.
+    On floating-point grids and of integers up to 3 bits the blocks' norms are tuned along, and where there is room the
+    codes of these and of MXFP4.
     """
 
     steps: int
@@ -122,14 +123,15 @@ class ScaleReport(ReportPart):
     kl: float = Field(description="The same with the scales that were kept.")
     kept: bool = Field(description="False: the tuned scales were no better there, so the old ones stayed.")
     held_out: int = Field(description="Calibration sequences for validation, which were never trained on.")
+    further: int = Field(default=0, description="Sequences that this stage alone has seen, some of them held out.")
     micro_batch: int = Field(description="Sequences that went through the model at once.")
     blocks_recomputed: int = Field(description="Blocks whose activations did not fit and were computed again.")
     captured: bool = Field(description="Whether a step was replayed as one CUDA graph.")
     seconds: float
-    norms: int = Field(default=0, description="Norms of blocks that were tuned along, on floating-point grids.")
+    norms: int = Field(default=0, description="Norms of blocks that were tuned along.")
     codes: int | None = Field(
         default=None,
-        description="Weights whose code changed, where codes were tuned along (MXFP4); null: codes stayed.",
+        description="Weights whose code changed, where codes were tuned along; null: codes stayed.",
     )
 
 

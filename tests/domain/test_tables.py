@@ -80,6 +80,7 @@ PRESETS: dict[str, dict[str, tuple[dict[str, int], int, int]]] = {
         "light": ({"steps": 50, "scale_steps": 0}, 128, 2048),
         "default": ({"steps": 200, "scale_steps": 0}, 128, 2048),
         "best": ({"steps": 200, "scale_steps": 100}, 128, 2048),
+        "max": ({"steps": 200, "scale_steps": 400}, 128, 2048),
     },
     "omniquant": {
         "light": ({"epochs": 5, "aug_loss": False}, 128, 512),
@@ -102,7 +103,9 @@ def test_the_presets_of_the_methods() -> None:
     }
     assert found == PRESETS
     coarse = {name: dict(preset.coarse) for name, preset in METHODS["signround"].presets.items()}
-    assert coarse == {"light": {}, "default": {}, "best": {"scale_steps": 400}}
+    assert coarse == {"light": {}, "default": {}, "best": {"scale_steps": 400}, "max": {"scale_steps": 1200}}
+    further = {name: preset.further for name, preset in METHODS["signround"].presets.items()}
+    assert further == {"light": 0, "default": 0, "best": 512, "max": 1920}
 
 
 def test_what_the_recipes_stand_for() -> None:

@@ -125,6 +125,7 @@ class Job:
                 "request": self.request.model_dump(mode="json", include=CODES_DEPEND_ON),
                 "model": self.model.checkpoint.digest(self.order.model_pin),
                 "calibration": None if sequences is None else sequences.sha256,
+                "further": None if sequences is None else sequences.further_sha256,
                 "code": code_version(),
                 "libraries": library_versions(),
                 "plan": self.plan.decides_codes(),

@@ -51,7 +51,8 @@ class Texts:
     def activation_sizes(self, keep_inputs: bool, reference: bool = False) -> list[ActivationSize]:
         """Sizes of their activations: calibration has its inputs besides if they are kept, evaluation its reference."""
         calibration = None if self.calibration is None else self.calibration.ids
-        texts = ((calibration, 3 if keep_inputs else 2), (self.evaluated, 3 if reference else 2))
+        further = None if self.calibration is None else self.calibration.further
+        texts = ((calibration, 3 if keep_inputs else 2), (further, 2), (self.evaluated, 3 if reference else 2))
         return [ActivationSize(len(ids), ids.shape[1], tensors) for ids, tensors in texts if ids is not None]
 
 
@@ -94,7 +95,7 @@ def read_texts(
     for name, sequences in (("calibration", texts.calibration), ("evaluation", texts.evaluation)):
         if sequences is not None:
             _warn(reporter, name, sequences.notes)
-            _check_vocabulary(model, sequences.ids)
+            _check_vocabulary(model, sequences.tokens)
             if sequences.overlapping:
                 reporter.warning(
                     "overlapping_windows", f"{name}: the builtin text is short for this many tokens; sequences overlap"

@@ -15,7 +15,7 @@ from app.domain.methods.any_method import WeightSpec
 from app.domain.methods.clipping_specs import OmniQuantSpec
 from app.domain.methods.codebook_specs import NormalFloatSpec
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
-from app.domain.methods.named_schemes import COARSE
+from app.domain.methods.named_schemes import COARSE, COARSE_BITS
 from app.domain.methods.schemes import MAX_BITS, MIN_BITS
 from app.domain.methods.weight_specs import AWQSpec, GPTQSpec, RTNSpec, SignRoundSpec
 from bitwright.formats import Form
@@ -31,25 +31,41 @@ class Preset:
     """Values that a preset fills in where the request is silent: fields of the method's spec, and the calibration's
     size.
 
-    coarse   fields that have another value where a scheme of the request is MXFP4 or one of llama.cpp's up to 4 bits
+    coarse   fields that have another value where a scheme of the request is coarse: integers up to 3 bits, MXFP4, or
+             one of llama.cpp's up to 4 bits
+    further  `further_samples` of the calibration there
     """
 
     spec: Mapping[str, int]
     num_samples: int
     sequence_length: int
     coarse: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    further: int = 0
 
     def fields(self, schemes: Iterable[object]) -> dict[str, int]:
-        """The spec's for the schemes that a request names, whatever stands there."""
-        named = {scheme for scheme in schemes if isinstance(scheme, str)}
-        return {**self.spec, **(self.coarse if named & COARSE else {})}
+        """The spec's for the bits and schemes that a request names, whatever stands there."""
+        return {**self.spec, **(self.coarse if is_coarse(schemes) else {})}
+
+    def text(self, schemes: Iterable[object]) -> dict[str, int]:
+        """The calibration's size, for the same."""
+        further = {"further_samples": self.further} if self.further and is_coarse(schemes) else {}
+        return {"num_samples": self.num_samples, "sequence_length": self.sequence_length, **further}
+
+
+def is_coarse(schemes: Iterable[object]) -> bool:
+    """True if one of the bits and schemes that a request names, whatever stands there, has codes that move."""
+    return any(
+        named in COARSE if isinstance(named, str) else isinstance(named, int) and 2 <= named <= COARSE_BITS
+        for named in schemes
+    )
 
 
 SIGNROUND_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
     {
         "light": Preset({"steps": 50, "scale_steps": 0}, num_samples=128, sequence_length=2048),
         "default": Preset({"steps": 200, "scale_steps": 0}, num_samples=128, sequence_length=2048),
-        "best": Preset({"steps": 200, "scale_steps": 100}, 128, 2048, coarse=MappingProxyType({"scale_steps": 400})),
+        "best": Preset({"steps": 200, "scale_steps": 100}, 128, 2048, MappingProxyType({"scale_steps": 400}), 512),
+        "max": Preset({"steps": 200, "scale_steps": 400}, 128, 2048, MappingProxyType({"scale_steps": 1200}), 1920),
     }
 )
 

@@ -9,7 +9,6 @@ from app.domain.methods.any_method import (
     BatchSize,
     LearningRate,
     NamedSchemeSpec,
-    PresetName,
     Steps,
     WeightsOnly,
 )
@@ -129,9 +128,10 @@ class SignRoundSpec(NamedSchemeSpec):
     """SignRound (AutoRound): rounding offsets and clipping ranges tuned by signed gradient descent, block by block."""
 
     method: Literal["signround"] = "signround"
-    preset: PresetName = Field(
+    preset: Literal["light", "default", "best", "max"] = Field(
         default="default",
-        description="Fills both numbers of steps and the calibration's size where they are not given.",
+        description="Fills both numbers of steps and the calibration's size where they are not given. `max` takes "
+        "minutes for what `best` takes tens of seconds for.",
     )
     steps: Steps = Field(default=200, description="Tuning steps per block; 0 equals RTN.")
     batch_size: BatchSize = 8
@@ -151,9 +151,9 @@ class SignRoundSpec(NamedSchemeSpec):
     scale_steps: Steps = Field(
         default=0,
         description="Steps that tune all scales together against the original model's next-token distribution once "
-        "every block is done, and on floating-point grids and in llama.cpp's types the blocks' norms with them; of "
-        "MXFP4 and of llama.cpp's up to 4 bits the codes, too. 0 leaves that out. Skipped with a warning where the "
-        "model does not fit.",
+        "every block is done, and on floating-point grids, in llama.cpp's types and of integers up to 3 bits the "
+        "blocks' norms with them; of MXFP4, of llama.cpp's up to 4 bits and of integers up to 3 bits the codes, too. "
+        "0 leaves that out. Skipped with a warning where the model does not fit.",
     )
 
     def tuned_sequences(self, num_samples: int) -> int:

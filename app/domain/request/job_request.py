@@ -59,6 +59,14 @@ class Calibration(RequestPart):
     )
     num_samples: int = Field(default=128, strict=True, ge=1, le=65_536, description="Sequences.")
     sequence_length: int = Field(default=2048, strict=True, ge=16, le=131_072, description="Tokens a sequence.")
+    further_samples: int = Field(
+        default=0,
+        strict=True,
+        ge=0,
+        le=65_536,
+        description="Sequences of the rest of the text, as many as there are, that only the end-to-end steps of "
+        "`signround` see (`scale_steps`).",
+    )
 
     @property
     def sequences(self) -> int:
@@ -74,7 +82,7 @@ class Calibration(RequestPart):
     @property
     def tokens_read(self) -> int:
         """Tokens of the dataset that are read at the most."""
-        return self.num_samples * self.sequence_length
+        return (self.num_samples + self.further_samples) * self.sequence_length
 
 
 class Evaluation(RequestPart):

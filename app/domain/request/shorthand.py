@@ -172,20 +172,21 @@ def _apply_preset(body: dict[str, object]) -> None:
     preset = info.presets.get(str(name))
     if preset is None:
         return
-    for field, value in preset.fields(_named_schemes(quantization)).items():
+    named = _named_schemes(quantization)
+    for field, value in preset.fields(named).items():
         quantization.setdefault(field, value)
     calibration = body.get("calibration", {})
     if isinstance(calibration, Mapping):
-        size = {"num_samples": preset.num_samples, "sequence_length": preset.sequence_length}
-        body["calibration"] = size | dict(calibration)
+        body["calibration"] = preset.text(named) | dict(calibration)
 
 
 def _named_schemes(quantization: Mapping[str, object]) -> list[object]:
-    """Values that stand where a request may name schemes of linears, unchecked."""
+    """Values that stand where a request may name bits and schemes of linears, unchecked."""
     modules = quantization.get("modules")
     overrides = modules.get("overrides") if isinstance(modules, Mapping) else None
     own = overrides.values() if isinstance(overrides, Mapping) else ()
-    return [quantization.get("scheme"), *(each.get("scheme") for each in own if isinstance(each, Mapping))]
+    places = [quantization, *(each for each in own if isinstance(each, Mapping))]
+    return [each.get(name) for each in places for name in ("scheme", "bits")]
 
 
 def _expand_outer(body: dict[str, object]) -> None:

@@ -94,6 +94,20 @@ def test_a_preset_fills_what_the_request_leaves_open(method: str, preset: str) -
         assert JobRequest.parse({**body, field: other}).quantization.model_dump()[field] == other
 
 
+@pytest.mark.parametrize(("bits", "steps", "further"), [(2, 400, 512), (3, 400, 512), (4, 100, 0), (8, 100, 0)])
+def test_a_preset_gives_few_bits_more_text(bits: int, steps: int, further: int) -> None:
+    body = {"model": "org/name", "method": "signround", "preset": "best"}
+    overrides = {"modules": {"overrides": {"down_proj": {"bits": bits}}}}
+    mixed = {"model": "org/name", "quantization": {"method": "signround", "preset": "best", "bits": 4, **overrides}}
+    for asked in (body | {"bits": bits}, mixed):
+        request = JobRequest.parse(asked)
+        assert request.quantization.end_to_end_steps() == steps
+        assert request.calibration.further_samples == further
+        assert request.calibration.tokens_read == (128 + further) * 2048
+    given = JobRequest.parse({**body, "bits": bits, "calibration": {"further_samples": 3}})
+    assert given.calibration.further_samples == 3
+
+
 @pytest.mark.parametrize(
     ("scheme", "steps"),
     [

@@ -14,14 +14,16 @@ from transformers import AutoModelForCausalLM
 
 from app.domain.attempt_lines import AttemptLine
 from app.domain.formats import ExportFormat
+from app.domain.methods import Scheme
 from app.domain.methods.named_schemes import SchemeName
 from bitwright.events import WarningEvent
 from tests.engine.conftest import Finished, finish, run_job
-from tests.engine.scales.test_float_grids import E2M1, FP8, MXFP4, NVFP4, by_hand, float_task, values_of
+from tests.engine.scales.test_float_grids import E2M1, FP8, MXFP4, by_hand, float_task, values_of
 from tests.engine.scales.test_tuning import begin, make_task
 from workers.engine import memory
 from workers.engine.scales import moving_codes as moving_codes_module
 from workers.engine.scales import stage as stage_module
+from workers.engine.scales.families import IntegerFamily
 from workers.engine.scales.memory_plan import Fit, ScaleTask, Skipped, find_fit
 from workers.engine.scales.moving_codes import FloatAxis, MovingCodes
 from workers.engine.scales.tuning import ScaleOutcome, ScaleTuning, tune_scales
@@ -143,7 +145,8 @@ def test_the_gradient_of_moved_codes_is_autograds_through_the_whole_model(fit: F
             own = scales.change[scales.places[name].overall]
             own.copy_(0.02 * torch.randn(own.shape, generator=generator))
         scales.write()
-        assert {task.schemes[name] for name in scales.places.keys() - codes.keys()} == {FP8, task.schemes[_down(task)]}
+        assert {task.schemes[name] for name in scales.places.keys() - codes.keys()} == {FP8}
+        assert _down(task) in codes
         for name in codes:
             own = scales.change[scales.places[name].overall]
             p = own.view(scales.places[name].shape[0], -1) if len(own) else torch.zeros(1, dtype=torch.float64)
@@ -158,7 +161,7 @@ def test_the_gradient_of_moved_codes_is_autograds_through_the_whole_model(fit: F
             assert codes_of is not None
             found = codes_of.gradient[place.groups].view(place.shape)
             torch.testing.assert_close(found, by_weight, rtol=1e-5, atol=1e-6 * largest)
-            if task.schemes[name] == NVFP4:
+            if place.overall.stop > place.overall.start:
                 torch.testing.assert_close(
                     found_p[place.overall].view_as(by_change),
                     by_change / tokens,
@@ -182,7 +185,7 @@ def test_no_step_changes_no_code(dtype: torch.dtype, tmp_path: Path) -> None:
     assert not outcome.is_better
     assert outcome.changed == 0
     found = {n: w for index in range(4) for n, w in task.weights(index).items()}
-    assert outcome.codes.keys() == {name for name, weight in found.items() if weight.scheme in {MXFP4, NVFP4}}
+    assert outcome.codes.keys() == {name for name, weight in found.items() if weight.scheme != FP8}
 
     def check(tuning: ScaleTuning) -> None:
         for name, place in tuning.blocks.scales.places.items():
@@ -204,8 +207,11 @@ def test_the_weights_that_were_judged_are_those_of_the_result_and_come_again(
         name: replace(weight, codes=outcome.codes.get(name, weight.codes), scale=outcome.scales.get(name, weight.scale))
         for name, weight in before.items()
     }
-    moved = [(values_of(after[n]) != values_of(w)).sum() for n, w in before.items() if isinstance(w, FloatWeight)]
-    assert 0 < outcome.changed == int(torch.stack(moved).sum())
+    moved = [
+        values_of(after[n]) != values_of(w) if isinstance(w, FloatWeight) else after[n].codes != w.codes
+        for n, w in before.items()
+    ]
+    assert 0 < outcome.changed == sum(int(each.sum()) for each in moved)
 
     def check(tuning: ScaleTuning) -> None:
         tuning.run()
@@ -231,9 +237,41 @@ def test_codes_stay_where_they_find_no_room(tmp_path: Path, monkeypatch: pytest.
     assert [fit.codes for fit in fits] == sorted(fit.codes for fit in fits)
     assert {fit.codes for fit in fits} == {False, True}
     assert fits[-1] == MOVING
-    assert find_fit(replace(make_task(tmp_path, "llama"), codes=True)) == Fit(4, 0)
+    still = {
+        name: scheme.model_copy(update={"bits": 4}) for name, scheme in make_task(tmp_path, "llama").schemes.items()
+    }
+    assert find_fit(replace(make_task(tmp_path, "llama"), schemes=still, codes=True)) == Fit(4, 0)
     assert [Fit(1, 4, codes=True).lowered(4), Fit(1, 4).lowered(4)] == [Fit(1, 4), None]
     assert Fit(2, 4, codes=True).lowered(4) == Fit(1, 4, codes=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_integers_move_by_the_sign_of_their_scale(symmetric: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    scheme = Scheme(bits=2, group_size=16, symmetric=symmetric)
+    codes = torch.randint(4, (6, 32), generator=generator, dtype=torch.uint8)
+    scale = torch.randn(6, 2, generator=generator) if symmetric else torch.rand(6, 2, generator=generator) + 0.1
+    zero = None if symmetric else torch.randint(4, (6, 2), generator=generator, dtype=torch.uint8)
+    weight = AffineWeight(codes, scale.to(dtype), zero, scheme, dtype)
+    original = weight.dequantize() + 0.2 * weight.scale.repeat_interleave(16, 1)
+    family = IntegerFamily(12, 16, scheme, torch.zeros(12, 16, dtype=dtype), moving=True)
+    family.put(slice(0, 12), weight, original)
+    family.write(torch.zeros(12))
+    assert torch.equal(family.value.view(6, 32), weight.dequantize())
+    assert family.codes is not None
+    torch.testing.assert_close(
+        family.codes.place, codes.view(12, 16) + 0.2, rtol=0, atol=0.02 if dtype.itemsize == 2 else 1e-6
+    )
+    # y = sum of w_hat * direction: dy/dx is the direction times the scale.
+    direction = torch.randn(6, 32, generator=generator).to(dtype)
+    sums = torch.zeros(12)
+    family.receiver(slice(0, 12), sums)(torch.eye(6, dtype=dtype), direction)
+    by_place = direction.view(12, 16) * weight.scale.view(12, 1)
+    assert torch.equal(family.codes.gradient.sign(), by_place.sign().to(family.codes.gradient.dtype))
+    middle = 2 if zero is None else zero.double().view(12, 1)
+    expected = ((codes.double().view(12, 16) - middle) * direction.double().view(12, 16)).sum(1)
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 SMALL: dict[str, Any] = {
@@ -282,6 +320,31 @@ def test_the_report_counts_the_codes_that_the_checkpoint_has_changed(
     assert report.norms == 6
     card = (undisturbed.workspace / "output/compressed-tensors/README.md").read_text()
     assert f"- Scales, 6 norms and codes tuned end to end in 20 steps, {changed:,} codes changed" in card
+
+
+def test_a_job_of_few_bits_tunes_codes_on_text_that_no_block_saw(small_model: Path, tmp_path: Path) -> None:
+    few = {key: value for key, value in SMALL.items() if key != "scheme"} | {"bits": 2, "group_size": 16}
+    text = {"num_samples": 12, "sequence_length": 32}
+    jobs = {
+        steps: finish(
+            small_model,
+            tmp_path / str(steps),
+            **(few | {"scale_steps": steps, "calibration": text | {"further_samples": 9}}),
+        )
+        for steps in (0, 20)
+    }
+    before, after = (stored(jobs[steps].workspace) for steps in (0, 20))
+    codes = [name for name in before if name.endswith(".codes")]
+    assert codes
+    report = jobs[20].report
+    assert report.scales is not None
+    assert report.scales.kept
+    assert (report.scales.further, report.scales.norms, report.scales.held_out) == (9, 6, 2)
+    assert (report.scales.codes or 0) > 0
+    assert any(not torch.equal(before[name], after[name]) for name in codes)
+    assert jobs[0].report.scales is None
+    texts = [job.report.calibration for job in jobs.values()]
+    assert texts[0] == texts[1]
 
 
 class Interrupted(Exception):

@@ -229,7 +229,7 @@ def test_without_a_quantized_linear_there_is_nothing_to_tune(tmp_path: Path) -> 
 
 TUNED: dict[str, Any] = {
     "method": "signround",
-    "bits": 2,
+    "bits": 4,
     "symmetric": False,
     "steps": 6,
     "batch_size": 4,

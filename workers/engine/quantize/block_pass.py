@@ -94,6 +94,7 @@ class BlockPass:
     evaluation    activations that the result is measured on; they take the same pass
     tuner         exchanges gradients with the other processes, as the main thread exchanges everything else
     ready         called before a block is given to the method, and may refuse to go on
+    further       activations that take the original blocks' pass alone
     """
 
     job: Job
@@ -101,6 +102,7 @@ class BlockPass:
     evaluation: Activations | None
     tuner: Tuner
     ready: Callable[[], object] = lambda: None
+    further: Activations | None = None
 
     def run(self) -> tuple[BlockReport, ...]:
         """Quantizes or takes over every block that is not finished; replays the others. All are durable then.
@@ -113,7 +115,8 @@ class BlockPass:
             return self._run()
 
     def _original_states(self) -> list[Tensor]:
-        return [each.original for each in (self.calibration, self.evaluation) if each is not None]
+        texts = (self.calibration, self.evaluation, self.further)
+        return [each.original for each in texts if each is not None]
 
     def _run(self) -> tuple[BlockReport, ...]:
         total, resumed = len(self.job.model.blocks), self.job.finished_blocks.resumed
@@ -173,6 +176,7 @@ class BlockPass:
             sum_moments(self.job.processes, moments, linears)
         found = self._coverage(tokens, schemes, block)
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
+        self._advance_original(index, block, only=self.further)
         columns = measured.inputs.columns(self.job.processes)
         joined, cache = self.job.model.joined(index), self._cache_scales(index, measured)
         return _Seen(schemes, moments, found, columns, joined, cache, self._input_squares(moments, counts))
@@ -267,7 +271,7 @@ class BlockPass:
 
     def _replay(self, index: int, quantized: dict[str, Tensor]) -> None:
         block, prefix = self.job.model.blocks[index], self.job.model.layout.block(index)
-        for activations in (self.calibration, self.evaluation):
+        for activations in (self.calibration, self.evaluation, self.further):
             self._advance_original(index, block, only=activations)
         self._serve(index, self._finished_serving(index, prefix))
         self._advance_reference(index, block)

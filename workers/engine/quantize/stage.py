@@ -11,6 +11,7 @@ from workers.engine.job import Job
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_pass import BlockPass
 from workers.engine.quantize.outer_matrices import quantize_embeddings, quantized_head, substitutes
+from workers.engine.text.sequences import Sequences
 from workers.engine.tune.tuner import Tuner
 
 
@@ -20,6 +21,7 @@ class Quantized:
 
     head                     its dequantized weight, where it is quantized; of a tied model that of the embeddings
     calibration, evaluation  activations after the last block; None where no such text is read
+    further                  those of the sequences that only end-to-end steps see: of X_q the embeddings
     """
 
     blocks: tuple[BlockReport, ...]
@@ -28,6 +30,7 @@ class Quantized:
     embeddings_report: LinearReport | None
     calibration: Activations | None
     evaluation: Activations | None
+    further: Activations | None = None
 
 
 def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
@@ -48,15 +51,18 @@ def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
         observed_ids = None if observed is None else observed.ids
         calibration = _activations(job, observed_ids, keep_inputs=spec.needs_original_inputs())
         evaluation = _activations(job, texts.evaluated, reference=job.reference)
+        further = _activations(job, _further(job, observed))
     given = substitutes(model, finished)
-    for activations in (calibration, evaluation):
+    for activations in (calibration, evaluation, further):
         if activations is not None and given:
             activations.substitute(model, given)
     if finished.resumed:
         job.reporter.log("blocks_resumed", blocks=finished.resumed)
     job.clock.enter(Stage.QUANTIZE)
     tuner = Tuner(job.reporter.log, job.processes)
-    blocks = BlockPass(job, calibration, evaluation, tuner, ready if spec.observes_inputs() else lambda: None)
+    blocks = BlockPass(
+        job, calibration, evaluation, tuner, ready if spec.observes_inputs() else lambda: None, further=further
+    )
     reports = blocks.run()
     finished.settle()
     head_report, head = quantized_head(job, calibration)
@@ -65,7 +71,14 @@ def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
         verb = "is" if len(outer) == 1 else "are"
         job.reporter.warning("head_rounded", f"{' and '.join(outer)} {verb} rounded to nearest: only blocks are tuned")
     tuner.release()
-    return Quantized(reports, head, head_report, embeddings, calibration, evaluation)
+    return Quantized(reports, head, head_report, embeddings, calibration, evaluation, further)
+
+
+def _further(job: Job, observed: Sequences | None) -> Tensor | None:
+    """The sequences that only end-to-end steps see, where there are such steps and one for each process."""
+    if observed is None or observed.further is None or not job.spec.end_to_end_steps():
+        return None
+    return observed.further if len(observed.further) >= job.processes.size else None
 
 
 def _activations(

@@ -23,7 +23,7 @@ from app.domain.methods import Scheme
 from app.domain.methods.named_schemes import Element
 from workers.engine.scales.block_family import BlockFamily, numbers_of
 from workers.engine.scales.float_scales import FloatScales, trains
-from workers.engine.scales.moving_codes import FloatAxis, MovingCodes, moves_codes, parts
+from workers.engine.scales.moving_codes import FloatAxis, IntegerAxis, MovingCodes, moves_codes, parts
 from workers.engine.tune.gradient_linear import Receive
 from workers.numerics.affine import store_scale
 from workers.numerics.floats.elements import element_of, element_table
@@ -74,36 +74,60 @@ class Family(Protocol):
 
 
 class IntegerFamily:
-    """Codes q, uint8 (groups, G); zero points, uint8 (groups,), or the constant one of symmetric schemes."""
+    """Codes q, uint8 (groups, G); zero points, uint8 (groups,), or the constant one of symmetric schemes.
+
+    `moving` says whether the codes move. A symmetric group's scale may be negative: D times its sign moves them.
+    """
 
     trains = True
-    codes = None
 
-    def __init__(self, count: int, width: int, scheme: Scheme, value: Tensor) -> None:
+    def __init__(self, count: int, width: int, scheme: Scheme, value: Tensor, *, moving: bool) -> None:
         """Room for `count` groups of `width` columns."""
         self.value = value
-        self._codes = torch.zeros(count, width, dtype=torch.uint8, device=value.device)
-        self._zero: Tensor | int = 2 ** (scheme.bits - 1) if scheme.symmetric else torch.zeros_like(self._codes[:, 0])
+        stored = 0 if moving else count
+        self._codes = torch.zeros(stored, width, dtype=torch.uint8, device=value.device)
+        self._zero: Tensor | int = 2 ** (scheme.bits - 1)
+        if not scheme.symmetric:
+            self._zero = torch.zeros(count, dtype=torch.uint8, device=value.device)
         self._start = torch.zeros(count, dtype=_working(value), device=value.device)
         self._dtype: torch.dtype = torch.float32
+        self.codes = MovingCodes(count, IntegerAxis(scheme.bits), value) if moving else None
 
     def put(self, groups: slice, weight: TunedWeight, original: Tensor | None = None) -> Tensor | None:
-        del original
         assert isinstance(weight, AffineWeight)  # noqa: S101 - for the type checker
-        self._codes[groups] = weight.codes.view(-1, self._codes.shape[1]).to(self._codes.device)
+        width, device = self.value.shape[1], self.value.device
+        codes = weight.codes.view(-1, width).to(device)
         self._start[groups] = weight.scale.flatten().to(self._start)
         if weight.zero_point is not None and isinstance(self._zero, Tensor):
-            self._zero[groups] = weight.zero_point.flatten().to(self._zero.device)
+            self._zero[groups] = weight.zero_point.flatten().to(device)
         self._dtype = weight.scale.dtype
+        if self.codes is None:
+            self._codes[groups] = codes
+        else:
+            assert original is not None  # noqa: S101 - for the type checker
+            start = self._start[groups].unsqueeze(1)
+            scaled = original.to(device=device, dtype=start.dtype).view(-1, width) * torch.where(
+                start == 0, 0.0, 1 / start
+            )
+            self.codes.put(groups, codes, scaled.add_(self._zeros(groups)))
         return self._start[groups]
 
     def write(self, change: Tensor) -> None:
-        dequantize_groups(self._codes, self._rounded(slice(None), change), self._zero, self.value)
+        scale = self._rounded(slice(None), change)
+        if self.codes is None:
+            dequantize_groups(self._codes, scale, self._zero, self.value)
+            return
+        for rows in parts(self.value):
+            # In fp32 whatever the model is in: the bits of `AffineWeight.dequantize`.
+            steps = self._steps(rows).float()
+            self.value[rows] = steps.mul_(scale[rows].float().unsqueeze(1))
 
     def stored(self, groups: slice, change: Tensor) -> Tensor | None:
         return self._rounded(groups, change).to(self._dtype)
 
     def receiver(self, groups: slice, gradient: Tensor) -> Receive:
+        if self.codes is not None:
+            return self._moving_receiver(groups, gradient, self.codes)
         codes = self._codes[groups]
         zero = self._zero if isinstance(self._zero, int) else self._zero[groups]
 
@@ -111,6 +135,27 @@ class IntegerFamily:
             add_scale_gradient((by_output.T @ x).view(codes.shape), codes, zero, gradient)
 
         return receive
+
+    def _moving_receiver(self, groups: slice, gradient: Tensor, codes: MovingCodes) -> Receive:
+        shape, first = self.value[groups].shape, groups.start
+
+        def receive(by_output: Tensor, x: Tensor) -> None:
+            by_weight = (by_output.T @ x).view(shape)
+            for rows in parts(by_weight):
+                steps = self._steps(slice(first + rows.start, min(first + rows.stop, groups.stop)))
+                gradient[rows] += steps.to(gradient.dtype).mul_(by_weight[rows]).sum(-1)
+            codes.receive(groups, by_weight.mul_(self._start[groups].sign().unsqueeze(1).to(by_weight.dtype)))
+
+        return receive
+
+    def _steps(self, rows: slice) -> Tensor:
+        """q - z of some groups whose codes move, a new tensor."""
+        assert self.codes is not None  # noqa: S101 - for the type checker
+        return self.codes.values(rows).sub_(self._zeros(rows))
+
+    def _zeros(self, rows: slice) -> Tensor | int:
+        """z, (groups, 1) or one for all."""
+        return self._zero if isinstance(self._zero, int) else self._zero[rows].to(self._start.dtype).unsqueeze(1)
 
     def _rounded(self, groups: slice, change: Tensor) -> Tensor:
         return store_scale(self._start[groups] * (1 + change), self._dtype)
@@ -230,7 +275,7 @@ def kind_of(scheme: Scheme, codes: bool) -> Callable[[int, int, Scheme, Tensor],
     if scheme.blocks is not None:
         return partial(BlockFamily, moving=codes and moves_codes(scheme))
     if row is None or row.element is Element.INTEGER:
-        return IntegerFamily
+        return partial(IntegerFamily, moving=codes and moves_codes(scheme))
     if codes and moves_codes(scheme):
         return MovingFamily
     return FloatFamily if trains(scheme) else FixedFamily

@@ -29,6 +29,7 @@ class ScaleTask:
     calls           how the model calls each block on these sequences
     inputs          hidden states before the first block, (sequences, length, width), of this rank's sequences
     targets         those of the original model after the last block, the same shape
+    further         both of sequences besides, which no block was tuned on
     quantized_head  dequantized weight of the head, where that is quantized too
     micro_batch     sequences that may go through a block at once with gradients
     held_bytes      memory that other tensors of the job hold
@@ -58,7 +59,13 @@ class ScaleTask:
     codes: bool = False
     tick: Callable[[int], None] = lambda _: None
     log: Callable[..., None] = lambda *_, **__: None
+    further: tuple[Tensor, Tensor] | None = None
     processes: ProcessGroup = SINGLE_PROCESS
+
+    @property
+    def sequences(self) -> int:
+        """Of this rank, with the further ones."""
+        return len(self.inputs) + (0 if self.further is None else len(self.further[0]))
 
     @property
     def batch_size(self) -> int:
@@ -110,7 +117,7 @@ def _fit(task: ScaleTask, *, codes: bool) -> Fit | Skipped:
     device = model.device
     allowed = SCALES_SHARE[device.type] * device_memory(device) - task.held_bytes
     fixed = _resident_bytes(task, codes)
-    micro_batch = min(task.micro_batch, task.batch_size, len(task.inputs))
+    micro_batch = min(task.micro_batch, task.batch_size, task.sequences)
     while True:
         sequences = micro_batch * length
         graph = graph_bytes(model) * sequences

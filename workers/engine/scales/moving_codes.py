@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme
-from app.domain.methods.named_schemes import COARSE, Element
+from app.domain.methods.named_schemes import COARSE, COARSE_BITS, Element
 from workers.numerics.floats.elements import LAST_INDEX, code_of_index, from_index, to_index
 from workers.numerics.group_scales import CACHED_ELEMENTS, CHUNK_ELEMENTS
 
@@ -37,8 +37,8 @@ PACE_CODES = 0.5
 BOX = 0.49
 """The farthest that a place starts from its code."""
 MOVED = COARSE
-"""Schemes whose codes move. NVFP4's could, too, beside scales that are tuned themselves: 2 % on a tiny model, and not
-measured on a real one."""
+"""Named schemes whose codes move. NVFP4's could, too, beside scales that are tuned themselves: 2 % on a tiny model, and
+not measured on a real one."""
 TINY = 1e-12
 """Added to the root: a gradient that is nothing moves nothing."""
 
@@ -46,7 +46,9 @@ TINY = 1e-12
 def moves_codes(scheme: Scheme) -> bool:
     """True if codes of the scheme move where there is room: coarse ones, in whole groups."""
     row = scheme.row
-    return row is not None and scheme.name in MOVED and row.rows == 1 and row.whole_groups
+    if row is None or (row.element is Element.INTEGER and row.rows == 1):
+        return scheme.bits <= COARSE_BITS
+    return scheme.name in MOVED and row.rows == 1 and row.whole_groups
 
 
 class Axis(Protocol):
@@ -109,6 +111,36 @@ class FloatAxis:
 
     def code(self, index: Tensor) -> Tensor:
         return code_of_index(index, self.element)
+
+
+@dataclass(frozen=True)
+class IntegerAxis:
+    """The axis of integers, which are its indices."""
+
+    bits: int
+
+    @property
+    def low(self) -> int:
+        return 0
+
+    @property
+    def high(self) -> int:
+        return int(2**self.bits) - 1
+
+    def place(self, scaled: Tensor) -> Tensor:
+        return scaled
+
+    def rounded(self, place: Tensor) -> Tensor:
+        return place.round().clamp_(self.low, self.high)
+
+    def value(self, index: Tensor) -> Tensor:
+        return index
+
+    def index(self, codes: Tensor) -> Tensor:
+        return codes.float()
+
+    def code(self, index: Tensor) -> Tensor:
+        return index.to(torch.uint8)
 
 
 class MovingCodes:

@@ -17,11 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from app.domain.methods import Form, Scheme
 from workers.engine.model.fused_blocks import FusedRMSNorm
 from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.scales.moving_codes import moves_codes
 
 NormName = tuple[int, str, str]
 """A norm: number of its block, the block's full name, and the norm's inside it."""
+
+
+def tunes_norms(scheme: Scheme) -> bool:
+    """True if norms are tuned along with a scheme: where scales hardly move, and where codes do."""
+    return scheme.form in {Form.FLOAT, Form.BLOCKS} or moves_codes(scheme)
 
 
 def tunable_norms(model: StreamedModel, quantized: Collection[str]) -> tuple[NormName, ...]:

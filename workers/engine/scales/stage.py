@@ -13,8 +13,6 @@ MXFP4 unless the device has no room for that, which a warning and the report say
 import time
 from collections.abc import Callable
 
-from torch import Tensor
-
 from app.domain.methods import Form
 from bitwright.events import Stage
 from bitwright.report import ScaleReport
@@ -27,6 +25,7 @@ from workers.engine.reporter import Reporter
 from workers.engine.scales.families import TunedWeight
 from workers.engine.scales.memory_plan import ScaleTask, Skipped
 from workers.engine.scales.moving_codes import moves_codes
+from workers.engine.scales.norms import tunes_norms
 from workers.engine.scales.tuning import ScaleOutcome, tune_scales
 from workers.engine.seeds import derived_seed
 from workers.numerics.quantized import AffineWeight, BlockWeight, FloatWeight
@@ -59,7 +58,8 @@ def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleRepo
     if isinstance(outcome, Skipped):
         job.reporter.warning("scale_tuning_skipped", f"scales were not tuned end to end: {outcome.reason}")
         return None
-    report = _report(outcome, steps, time.perf_counter() - started)
+    further = 0 if quantized.further is None else job.processes.total(len(quantized.further.original))
+    report = _report(outcome, steps, time.perf_counter() - started, further)
     if any(map(moves_codes, job.block_schemes.values())) and not outcome.fit.codes:
         job.reporter.warning("codes_not_tuned", "codes stay as they are: to tune them, too, memory is too small")
     if report.kept:
@@ -77,11 +77,12 @@ def _outcome(job: Job, quantized: Quantized, calibration: Activations) -> ScaleO
     if not job.spec.forms() <= {Form.AFFINE, Form.FLOAT, Form.BLOCKS}:
         return Skipped("only integers and floating-point codes without low-rank factors have scales to tune alone")
     calibration.rewind(job.model)
-    return tune_scales(_task(job, calibration, quantized.evaluation, quantized.head))
+    return tune_scales(_task(job, calibration, quantized))
 
 
-def _task(job: Job, calibration: Activations, evaluation: Activations | None, head: Tensor | None) -> ScaleTask:
+def _task(job: Job, calibration: Activations, quantized: Quantized) -> ScaleTask:
     model, finished, steps = job.model, job.finished_blocks, job.spec.end_to_end_steps()
+    further = quantized.further
 
     def weights(index: int) -> dict[str, TunedWeight]:
         found = {name: result.weight for name, result in finished.load(index).items()}
@@ -91,19 +92,20 @@ def _task(job: Job, calibration: Activations, evaluation: Activations | None, he
             if isinstance(weight, AffineWeight | FloatWeight | BlockWeight)
         }
 
-    held = [each.original for each in (calibration, evaluation) if each is not None]
+    held = [each.original for each in (calibration, further, quantized.evaluation) if each is not None]
     return ScaleTask(
         model=model,
         schemes=job.block_schemes,
         weights=weights,
         changed=finished.parameters,
         roundings=lambda index: calibration.served.get(index, Served()).inputs,
-        norms=not job.spec.forms().isdisjoint({Form.FLOAT, Form.BLOCKS}),
+        norms=any(map(tunes_norms, job.block_schemes.values())),
         codes=True,
         calls=calibration.calls,
         inputs=calibration.quantized,
         targets=calibration.original,
-        quantized_head=head,
+        further=None if further is None else (further.quantized, further.original),
+        quantized_head=quantized.head,
         steps=steps,
         seed=derived_seed(job.seed, "scales"),
         micro_batch=job.plan.micro_batch,
@@ -125,13 +127,14 @@ def _progress(reporter: Reporter, steps: int) -> Callable[[int], None]:
     return tick
 
 
-def _report(outcome: ScaleOutcome, steps: int, seconds: float) -> ScaleReport:
+def _report(outcome: ScaleOutcome, steps: int, seconds: float, further: int = 0) -> ScaleReport:
     return ScaleReport(
         steps=steps,
         kl_initial=outcome.divergence_initial,
         kl=outcome.divergence if outcome.is_better else outcome.divergence_initial,
         kept=outcome.is_better,
         held_out=outcome.held_out,
+        further=further,
         micro_batch=outcome.fit.micro_batch,
         blocks_recomputed=outcome.fit.recomputed,
         captured=outcome.captured,

@@ -51,7 +51,7 @@ from workers.engine.scales.scaled_blocks import ScaledBlocks
 from workers.engine.scales.teacher_loss import OutputHead
 from workers.engine.tune.sequence_order import MOST_HELD_OUT, minibatches, split
 from workers.numerics.floats.elements import element_table
-from workers.numerics.quantized import BlockWeight, FloatWeight
+from workers.numerics.quantized import AffineWeight, BlockWeight, FloatWeight
 
 LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 10
@@ -149,7 +149,7 @@ def _changed(task: ScaleTask, codes: Mapping[str, Tensor]) -> int:
     count = 0
     for index in range(len(task.calls) if codes else 0):
         for name, weight in task.weights(index).items():
-            if name in codes and isinstance(weight, BlockWeight):
+            if name in codes and isinstance(weight, AffineWeight | BlockWeight):
                 count += int((codes[name] != weight.codes.to(codes[name].device)).sum())
             if name in codes and isinstance(weight, FloatWeight):
                 values, before = element_table(weight.scheme, codes[name].device), weight.codes.to(codes[name].device)
@@ -182,7 +182,7 @@ class ScaleTuning:
     def begin(cls, task: ScaleTask, fit: Fit, head: OutputHead) -> "ScaleTuning":
         """Loads the blocks; `head` must stay loaded."""
         device, source = task.model.device, task.inputs.device
-        training, held_out = split(len(task.inputs), task.seed, task.processes.share_size(MOST_HELD_OUT))
+        training, held_out = split(task.sequences, task.seed, task.processes.share_size(MOST_HELD_OUT))
         settings = TuningSettings(task.steps, task.batch_size, LEARNING_RATE)
         blocks = ScaledBlocks.load(
             task.model,
@@ -285,8 +285,20 @@ class ScaleTuning:
     def _rows(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some sequences, on the device."""
         device = self.task.model.device
-        inputs, targets = (t.index_select(0, indices) for t in (self.task.inputs, self.task.targets))
+        further = self.task.further or (None, None)
+        pairs = zip((self.task.inputs, self.task.targets), further, strict=True)
+        inputs, targets = (_selected(indices, own, more) for own, more in pairs)
         return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+def _selected(indices: Tensor, own: Tensor, more: Tensor | None) -> Tensor:
+    """Rows of two tensors, the second's numbered on from the first's; the host waits for nothing."""
+    if more is None:
+        return own.index_select(0, indices)
+    first = len(own)
+    of_own = own.index_select(0, indices.clamp(max=first - 1))
+    of_more = more.index_select(0, (indices - first).clamp(min=0))
+    return torch.where((indices < first).view(-1, 1, 1), of_own, of_more)
 
 
 def rates(steps: int) -> Tensor:

@@ -23,6 +23,7 @@ from workers.engine.text.sequences import (
     SURPLUS,
     Sequences,
     cut,
+    cut_twice,
     encoder,
     is_separators,
     only_separators,
@@ -71,19 +72,25 @@ def mixed_sequences(
     Raises:
         InvalidDataset: a part has no row, or too little text for one sequence.
     """
-    parts, rows, probes, notes = config.mixture, list[Tensor](), list[Probe](), Notes()
-    for number, count in enumerate(sequences_of(parts, config.num_samples)):
+    parts, probes, notes = config.mixture, list[Probe](), Notes()
+    rows, further = list[Tensor](), list[Tensor]()
+    counts = zip(sequences_of(parts, config.num_samples), sequences_of(parts, config.further_samples), strict=True)
+    for number, (count, more) in enumerate(counts):
         reader = _Part(tokenizer, parts[number], number, files.get(number), notes)
         half = Half.CALIBRATION if evaluation is not None and reader.shares(evaluation_file) else None
-        given, whole = reader.sequences(config.sequence_length, count, seed, half, holds_out=evaluation is not None)
-        rows.append(given)
+        given, whole = reader.sequences(
+            config.sequence_length, (count, more), seed, half, holds_out=evaluation is not None
+        )
+        rows.append(given[:count])
+        further.append(given[count:])
         if evaluation is not None:
             held = reader.held_out(evaluation, seed, half)
             probes.append(Probe(parts[number].label, held, False, parts[number].share, count, whole))
     ids = torch.cat(rows)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     labels = ", ".join(f"{part.share:g} {part.label}" for part in parts)
-    return Sequences(ids[order], labels, notes=notes), tuple(probes)
+    rest = torch.cat(further)
+    return Sequences(ids[order], labels, notes=notes, further=rest if len(rest) else None), tuple(probes)
 
 
 class _Part:
@@ -102,15 +109,15 @@ class _Part:
         return self._file.samefile(evaluation_file)
 
     def sequences(
-        self, length: int, count: int, seed: int, half: Half | None, *, holds_out: bool
+        self, length: int, counts: tuple[int, int], seed: int, half: Half | None, *, holds_out: bool
     ) -> tuple[Tensor, int]:
-        """`count` sequences that calibrate, and how many of them the text holds without overlaps."""
-        start = start_tokens(self._tokenizer)
-        stream = self._stream(self._documents(half, held_out=False if holds_out else None), length, count)
+        """Sequences that calibrate and, behind them, up to so many further ones; how many the text has apart."""
+        start, (count, further) = start_tokens(self._tokenizer), counts
+        stream = self._stream(self._documents(half, held_out=False if holds_out else None), length, count, further)
         if stream and is_separators(self._tokenizer, stream):
             raise only_separators(self._name, len(stream))
         inner = length - len(start)
-        rows = cut(stream, inner, count, seed, overlap=True)
+        rows, more = cut_twice(stream, inner, count, further, seed, overlap=True)
         if len(rows) < count:
             raise InvalidDataset(
                 f"{self._name} has {len(stream)} tokens, less than a sequence of {length}",
@@ -118,7 +125,8 @@ class _Part:
                 value=len(stream),
                 hint="give more rows of it, or a smaller calibration.sequence_length, or leave it out",
             )
-        return torch.tensor([start + row for row in rows], dtype=torch.int64).view(-1, length), len(stream) // inner
+        all_rows = [start + row for row in (*rows, *more)]
+        return torch.tensor(all_rows, dtype=torch.int64).view(-1, length), len(stream) // inner
 
     def held_out(self, evaluation: Evaluation, seed: int, half: Half | None) -> Tensor:
         """Sequences as long as those of the evaluation that never calibrate; none where the rows are too few."""
@@ -128,9 +136,9 @@ class _Part:
         rows = cut(stream, length - len(start), count, seed)
         return torch.tensor([start + row for row in rows], dtype=torch.int64).view(-1, length)
 
-    def _stream(self, documents: Iterator[Document], length: int, count: int) -> list[int]:
+    def _stream(self, documents: Iterator[Document], length: int, count: int, further: int = 0) -> list[int]:
         encode = encoder(self._tokenizer, self._name, self._notes)
-        return token_stream(documents, encode, enough=SURPLUS * count * length)
+        return token_stream(documents, encode, enough=max(SURPLUS * count, count + further) * length)
 
     def _documents(self, half: Half | None, held_out: bool | None) -> Iterator[Document]:
         """Documents of the part's kind and half, those that are held out or those that are not; None: both.

@@ -46,10 +46,21 @@ class Sequences:
     """Notes on the file's rows that were left out or cut."""
     text_tokens: int | None = None
     """Tokens of the whole text, where sequences overlap."""
+    further: Tensor | None = None
+    """Sequences of the same text and length besides, that only end-to-end steps see."""
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
+    @property
+    def further_sha256(self) -> str | None:
+        return None if self.further is None else hashlib.sha256(self.further.numpy().tobytes()).hexdigest()
+
+    @property
+    def tokens(self) -> Tensor:
+        """The further ones, too."""
+        return self.ids if self.further is None else torch.cat([self.ids, self.further])
 
     def report(self) -> TextReport:
         count, length = self.ids.shape
@@ -152,11 +163,11 @@ def _sequences(
     start = start_tokens(tokenizer)
     length = config.sequence_length - len(start)
     encode = encoder(tokenizer, f"{name}.dataset", notes)
-    count = config.sequences
-    stream = token_stream(documents, encode, enough=SURPLUS * count * length)
+    count, further = config.sequences, config.further_samples if isinstance(config, Calibration) else 0
+    stream = token_stream(documents, encode, enough=max(SURPLUS * count, count + further) * length)
     if stream and is_separators(tokenizer, stream):
         raise only_separators(f"{name}.dataset", len(stream))
-    rows = cut(stream, length, count, seed, overlap=overlap)
+    rows, more = cut_twice(stream, length, count, further, seed, overlap=overlap)
     if len(rows) < count:
         raise _too_short(config, name, len(stream), len(rows))
     short = len(stream) // length < count
@@ -166,6 +177,7 @@ def _sequences(
         overlapping=short,
         text_tokens=len(stream) if short else None,
         notes=notes,
+        further=torch.tensor([start + row for row in more], dtype=torch.int64) if more else None,
     )
 
 
@@ -179,6 +191,17 @@ def cut(stream: list[int], length: int, count: int, seed: int, *, overlap: bool 
         offsets = _spread(len(stream) - length, count)
     chosen = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(seed))[:count]
     return [stream[offsets[i] : offsets[i] + length] for i in chosen.tolist()]
+
+
+def cut_twice(
+    stream: list[int], length: int, count: int, further: int, seed: int, *, overlap: bool = False
+) -> tuple[list[list[int]], list[list[int]]]:
+    """`count` pieces as `cut` gives them, and up to `further` ones of what they leave of the text."""
+    whole = len(stream) // length
+    if whole <= count:
+        return cut(stream, length, count, seed, overlap=overlap), []
+    rows = cut(stream, length, min(whole, count + further), seed)
+    return rows[:count], rows[count:]
 
 
 def _spread(last: int, count: int) -> list[int]:

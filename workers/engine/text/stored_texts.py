@@ -33,6 +33,8 @@ def save_texts(
     for name, sequences in (("calibration", calibration), ("evaluation", evaluation)):
         if sequences is not None:
             tensors[name] = sequences.ids
+            if sequences.further is not None:
+                tensors[f"{name}.further"] = sequences.further
     if finetuning is not None:
         for name, packed in (("training", finetuning.training), ("held_out", finetuning.held_out)):
             if packed is not None:
@@ -84,10 +86,12 @@ class LoadedTexts:
         stored: StoredSequences | None = getattr(self._line, name)
         if stored is None:
             return None
-        ids, shape = self._tensors[name], (asked.sequences, asked.sequence_length)
-        if ids.dtype != torch.int64 or tuple(ids.shape) != shape or int(ids.min()) < 0:
-            raise ValueError(f"{name} is {ids.dtype} {tuple(ids.shape)}, where {shape} tokens were asked for")
-        return Sequences(ids, stored.source, stored.overlapping, _notes(stored.notes), stored.text_tokens)
+        ids, further = self._tensors[name], self._tensors.get(f"{name}.further")
+        _demand_tokens(name, ids, asked.sequences, asked.sequence_length)
+        if further is not None:
+            most = asked.further_samples if isinstance(asked, Calibration) else 0
+            _demand_tokens(f"{name}.further", further, min(max(1, len(further)), most), asked.sequence_length)
+        return Sequences(ids, stored.source, stored.overlapping, _notes(stored.notes), stored.text_tokens, further)
 
     def probes(self, length: int) -> tuple[Probe, ...]:
         """Those that are measured beside the evaluation text, in sequences of `length` tokens."""
@@ -121,3 +125,8 @@ class LoadedTexts:
         if not rows or int(parts["ids"].min()) < 0 or not int(parts["documents"].min()) >= -1:
             raise ValueError(f"{name} holds numbers that are no tokens")
         return PackedSequences(**parts)
+
+
+def _demand_tokens(name: str, ids: Tensor, count: int, length: int) -> None:
+    if ids.dtype != torch.int64 or tuple(ids.shape) != (count, length) or int(ids.min()) < 0:
+        raise ValueError(f"{name} is {ids.dtype} {tuple(ids.shape)}, where {(count, length)} tokens were asked for")
