@@ -177,7 +177,7 @@ TABLE: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("group size 0", {**BASE, "group_size": 0}, "group_size", "out_of_range", "1 to 65536, or -1"),
     ("group size -2", {**BASE, "group_size": -2}, "group_size", "out_of_range", "-1 to 65536"),
     ("symmetric text", {**BASE, "symmetric": "yes"}, "symmetric", "wrong_type", "true or false"),
-    ("preset", {**BASE, "preset": "fast"}, "preset", "invalid_value", "light, default or best"),
+    ("preset", {**BASE, "preset": "fast"}, "preset", "invalid_value", "light, default, best or max"),
     ("scale steps", {**BASE, "scale_steps": -1}, "scale_steps", "out_of_range", "0"),
     ("whole scale steps", {**BASE, "scale_steps": 1.5}, "scale_steps", "wrong_type", "whole number"),
     (

@@ -302,7 +302,8 @@ def test_the_quality_is_that_of_the_written_checkpoint(small_model: Path, scaled
         logs.append(logits.float().log_softmax(-1))
     divergence = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()
     assert scaled.report.quality is not None
-    assert scaled.report.quality.kl_divergence == pytest.approx(float(divergence), rel=1e-2)
+    # At 4 bits the products of bf16 round as much as a hundredth of it.
+    assert scaled.report.quality.kl_divergence == pytest.approx(float(divergence), rel=1e-2, abs=1e-5)
 
 
 def test_the_same_request_gives_the_same_scales(small_model: Path, scaled: Finished, tmp_path: Path) -> None:
