@@ -170,7 +170,7 @@ def test_the_defaults_of_texts() -> None:
         **{"steps": 200, "batch_size": 8, "sequence_length": 512, "learning_rate": 2e-4, "warmup_share": 0.03},
         **{"schedule": "constant", "weight_decay": 0.0, "clip_norm": 0.3, "loss_on": "completion", "packing": True},
         **{"validation_share": 0.05, "validation_sequences": 64, "validation_every": None, "patience": None},
-        **{"checkpoint_every": 50, "gradient_checkpointing": None},
+        **{"checkpoint_every": 50, "gradient_checkpointing": None, "epochs": None},
     }
 
 
@@ -184,6 +184,17 @@ def test_the_tokens_and_the_warm_up_of_a_training() -> None:
         with pytest.raises(ValueError, match="patience needs"):
             Finetune.model_validate({**text, "patience": 1, **missing})
     assert Finetune.model_validate({**text, "patience": 1, "validation_every": 2}).patience == 1
+
+
+@pytest.mark.parametrize(("epochs", "sequences", "steps"), [(1.0, 16, 2), (2.5, 17, 6), (0.01, 3, 1), (None, 99, 200)])
+def test_epochs_are_steps_over_all_sequences(epochs: float | None, sequences: int, steps: int) -> None:
+    config = Finetune.model_validate({"dataset": {"source": "builtin"}, "epochs": epochs})
+    assert config.of_sequences(sequences).steps == steps  # of 8 sequences each
+
+
+def test_a_training_is_as_long_as_one_of_both_says() -> None:
+    with pytest.raises(ValueError, match="by steps or by epochs"):
+        Finetune.model_validate({"dataset": {"source": "builtin"}, "epochs": 2.0, "steps": 50})
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,13 @@ class TrainableAdapter(nn.Module):
 
     rates        learning rates of parameters that have their own, by name; these are not decayed
     pass_bytes   bytes that `together` keeps per trained number until the passes have ended
-    draws_noise  whether a call draws random numbers while it trains, beside what `together` draws
+    draws_noise  whether a call may draw random numbers while it trains, beside what `together` draws; a class that says
+                 it does not has its passes captured where blocks are computed again
     """
 
     rates: Mapping[str, float] = MappingProxyType({})
     pass_bytes: ClassVar[int] = 0
-    draws_noise: bool = False
+    draws_noise: bool = True
 
     def progress(self, share: float) -> None:
         """Called before each step with the share of the training that is done.

@@ -40,7 +40,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         ({"loss_on": "prompt"}, "loss_on"),
         ({"sequence_length": 8}, "sequence_length"),
         ({"validation_share": 0.6}, "validation_share"),
-        ({"epochs": 3}, "epochs"),
+        ({"epochs": 0}, "epochs"),
         ({"dataset": {"source": "nowhere"}}, "dataset"),
     ],
 )
