@@ -46,7 +46,8 @@ def _steps(request: JobRequest) -> Iterator[tuple[Why, dict[str, Any]]]:
     if bits is not None:
         for fewer in range(bits - 1, MIN_BITS - 1, -1):
             yield "smaller", {"bits": fewer}
-    presets = list(METHODS[spec.method].presets)
+    # What takes minutes is nobody's next step.
+    presets = [name for name in METHODS[spec.method].presets if name != "max"]
     at = presets.index(fields["preset"]) if fields.get("preset") in presets else None
     if at is not None and at > 0:
         yield "quicker", {"preset": presets[at - 1]}

@@ -120,11 +120,13 @@ def hub_errors(repository: str) -> Iterator[None]:
     except BitwrightError:
         raise
     except HFValidationError as error:
-        raise InvalidRequest("the Hub takes no such name", field="publish.hub", value=repository) from error
+        hint = "name it ORGANISATION/NAME in letters, digits, '-', '_' and '.'"
+        raise InvalidRequest("the Hub takes no such name", field="publish.hub", value=repository, hint=hint) from error
     except ValueError as error:  # a model card, or files, that the Hub refuses by a text of its own
         said = (str(error).splitlines() or [""])[0][:200]
         detail = f"the Hub refuses the files: {said}"
-        raise InvalidRequest(detail, field="publish.hub", value=repository) from error
+        hint = "download the checkpoint, mend what the Hub names, and upload it with hf upload"
+        raise InvalidRequest(detail, field="publish.hub", value=repository, hint=hint) from error
     except HfHubHTTPError as error:
         raise _of_answer(error.response.status_code, repository) from error
     except (TransportError, ConnectionError, TimeoutError) as error:

@@ -176,7 +176,12 @@ def list_fine_tuning_jobs(
         if name.startswith("metadata[")
     }
     if len(labels) > MAX_LABELS:
-        raise InvalidRequest(f"a list takes up to {MAX_LABELS} labels", field="query.metadata", value=len(labels))
+        raise InvalidRequest(
+            f"a list takes up to {MAX_LABELS} labels",
+            field="query.metadata",
+            value=len(labels),
+            hint=f"leave all but {MAX_LABELS} of them out",
+        )
     with database.reading() as session:
         page = FineTuningRepository(session, principal.tenant_id).page(after=after, limit=limit, labels=labels)
         items = [job_view(found) for found in page.items]

@@ -108,7 +108,8 @@ class FineTuningRequest(_Part):
             InvalidRequest: with every problem; what this service does not do is `unsupported_value`.
         """
         if not isinstance(body, Mapping):
-            raise InvalidRequest("the body must be a JSON object", field="body", value=body)
+            hint = 'send an object, e.g. {"model": "org/name", "training_file": "file-..."}'
+            raise InvalidRequest("the body must be a JSON object", field="body", value=body, hint=hint)
         whole: Any = with_whole_numbers(body)
         if unsupported := unsupported_problems(whole):
             raise refusal(unsupported)

@@ -192,7 +192,9 @@ def closest(name: str, known: Sequence[str]) -> str | None:
     """The known name that a name was probably meant for, whatever its case and dashes."""
     plain = {_plain(each): each for each in reversed(known)}
     wanted = _plain(name)
-    near = get_close_matches(wanted, list(plain), n=1)
+    # Of several that begin so, the first one: those that came later are rarer.
+    near = [each for each in map(_plain, known) if len(wanted) > 3 and each.startswith(wanted)][:1]
+    near = near or get_close_matches(wanted, list(plain), n=1)
     near = near or [each for each in plain if len(wanted) > 3 and wanted in each][:1]
     return plain[near[0]] if near else None
 

@@ -48,6 +48,7 @@ SWITCHES: dict[str, dict[str, Switch]] = {
         "packing": Switch(False, "text"),
         "validation_share": Switch(0.4, "text"),
         "steps": Switch(3, "training"),
+        "epochs": Switch(2.0, "steps"),
         "batch_size": Switch(3, "training"),
         "learning_rate": Switch(0.02, "training"),
         "warmup_share": Switch(0.9, "training"),
@@ -64,11 +65,15 @@ SWITCHES: dict[str, dict[str, Switch]] = {
         "dataset": Switch("other", "text"),
         "num_samples": Switch(3, "text"),
         "sequence_length": Switch(24, "text"),
+        "further_samples": Switch(2, "text"),
+        "mixture": Switch([{"dataset": "builtin", "share": 1.0}], "text"),
     },
     "evaluation": {
         "dataset": Switch("other", "text"),
         "num_samples": Switch(3, "text"),
         "sequence_length": Switch(24, "text"),
+        "seeds": Switch(2, "text"),
+        "tasks": Switch([{"name": "pairs", "kind": "exact_match", "dataset": "one"}], "text"),
     },
 }
 PARTS: dict[str, Any] = {"finetune": Finetune, "calibration": Calibration, "evaluation": Evaluation}
@@ -102,6 +107,12 @@ def texts_of(small_model: Path, rows: Path, part: str, options: Mapping[str, Any
     small[part] |= options
     paths = {name: str(rows / f"{name}-{given.pop('dataset', 'one')}.jsonl") for name, given in small.items()}
     body = {name: {"dataset": paths[name], **given} for name, given in small.items()}
+    if "mixture" in options:
+        del body["calibration"]["dataset"]
+    pairs = rows / "pairs.jsonl"
+    pairs.write_text('{"prompt": "one and one", "answer": "two"}\n')
+    for task in body["evaluation"].get("tasks", []):
+        task["dataset"] = str(pairs)
     order = AttemptOrder(
         job_id="job_1",
         attempt=1,
@@ -110,6 +121,7 @@ def texts_of(small_model: Path, rows: Path, part: str, options: Mapping[str, Any
         calibration_path=paths["calibration"],
         evaluation_path=paths["evaluation"],
         finetuning_path=paths["finetune"],
+        other_texts={"evaluation.tasks.0.dataset": str(pairs)} if "tasks" in body["evaluation"] else {},
         device="cpu",
     )
     model = StreamedModel.open(Checkpoint.open(small_model), torch.device("cpu"))
@@ -120,7 +132,8 @@ def texts_of(small_model: Path, rows: Path, part: str, options: Mapping[str, Any
 def texts_seen(texts: Texts, part: str) -> Seen:
     if part != "finetune":
         sequences = getattr(texts, part)
-        return [tuple(sequences.ids.shape), sequences.ids.tolist()]
+        further = None if sequences.further is None else sequences.further.tolist()
+        return [tuple(sequences.ids.shape), sequences.ids.tolist(), further, len(texts.tasks)]
     assert texts.finetuning is not None
     kept = [text for text in (texts.finetuning.training, texts.finetuning.held_out) if text is not None]
     return [[(each.ids.tolist(), each.loss_mask.tolist()) for each in texts.finetuning.examples.training]] + [
@@ -155,7 +168,12 @@ def test_every_option_does_something(
         config = Finetune.model_validate({"dataset": {"source": "builtin"}, "sequence_length": 64} | options)
         return [plan_training(model, set(model.linears()), config, 64)]
 
-    look: Callable[..., Seen] = {"text": text, "training": training, "plan": plan}[switch.where]
+    def steps(**options: Any) -> Seen:
+        config = Finetune.model_validate({"dataset": {"source": "builtin"}, **options})
+        return [config.of_sequences(40).steps, config.of_sequences(80).steps]
+
+    looks = {"text": text, "training": training, "plan": plan, "steps": steps}
+    look: Callable[..., Seen] = looks[switch.where]
     assert look(**switch.beside) != look(**switch.beside, **{option: switch.other})
 
 
@@ -210,17 +228,21 @@ class Known(SimpleNamespace):
     """What `Job.fingerprint` reads, with one part changed."""
 
 
+def _named(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sha256": given["calibration"], "further_sha256": given["further"]}
+
+
 def job_fingerprint(**changes: Any) -> str:
     given: dict[str, Any] = {
-        **{"request": {}, "model": "one", "revision": "one", "calibration": "one"},
+        **{"request": {}, "model": "one", "revision": "one", "calibration": "one", "further": None},
         **{"plan": {"threads": 2}, "prepared": "one", "code": "one", "libraries": {"torch": "1"}},
     } | changes
     request = JobRequest.parse({"model": "/m", "method": "gptq", "bits": 4, **given["request"]})
     job: Any = Known(
-        texts=Known(calibration=None if given["calibration"] is None else Known(sha256=given["calibration"])),
+        texts=Known(calibration=None if given["calibration"] is None else Known(**_named(given))),
         request=request,
         model=Known(checkpoint=Known(digest=lambda revision: [given["model"], revision])),
-        order=Known(model_revision=given["revision"]),
+        order=Known(model_pin=given["revision"]),
         plan=Known(decides_codes=lambda: given["plan"]),
         prepared=Known(digest=lambda: given["prepared"]),
     )
@@ -240,6 +262,7 @@ def job_fingerprint(**changes: Any) -> str:
         ("revision", "two"),
         ("calibration", "two"),
         ("calibration", None),
+        ("further", "two"),
         ("plan", {"threads": 3}),
         ("prepared", "two"),
         ("code", "two"),
