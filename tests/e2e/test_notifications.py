@@ -67,6 +67,7 @@ def test_nothing_grows_while_nobody_reads(idle: Installation, broker: redis.Redi
         idle.client.cancel(job_id)
 
 
+@pytest.mark.slow
 def test_a_full_broker(idle: Installation, broker: redis.Redis) -> None:
     broker.config_set("maxmemory-policy", "noeviction")
     broker.config_set("maxmemory", 1)
