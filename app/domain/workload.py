@@ -52,6 +52,13 @@ def calibration_tokens(request: JobRequest) -> int:
     return request.calibration.num_samples * request.calibration.sequence_length if read else 0
 
 
+def further_tokens(request: JobRequest) -> int:
+    """Tokens that only end-to-end steps see; none where there are no such steps."""
+    if request.base_job is not None or not request.quantization.end_to_end_steps():
+        return 0
+    return request.calibration.further_samples * request.calibration.sequence_length
+
+
 def evaluation_tokens(request: JobRequest) -> int:
     """Tokens of evaluation."""
     section = request.evaluation
@@ -73,7 +80,7 @@ def flops(request: JobRequest, size: Sized) -> float:
     """Of the whole job, but for the reference row."""
     calibration = request.calibration
     passes = 4 if request.quantization.chooses() else 3  # capture, targets, quantized activations; sensitivities
-    forward = passes * calibration_tokens(request)
+    forward = passes * calibration_tokens(request) + further_tokens(request)
     rounds = 1 if request.base_job else request.quantization.most_rounds()
     tuned = rounds * tuned_sequences(request) * calibration.sequence_length
     evaluated = evaluation_tokens(request)

@@ -39,6 +39,13 @@ def test_the_work_of_a_job_that_tunes(dimensions: Dimensions) -> None:
     scaled = parsed(method="signround", steps=5, batch_size=2, scale_steps=3)
     more = BLOCKS * 3.5 * 3 * 4 * 16 + HEAD * 3 * 3 * 4 * 16  # four sequences a step
     assert workload.flops(scaled, dimensions) == workload.flops(request, dimensions) + more
+    text = {"num_samples": 8, "sequence_length": 16}
+    further = parsed(
+        method="signround", steps=5, batch_size=2, scale_steps=3, calibration=text | {"further_samples": 7}
+    )
+    assert workload.flops(further, dimensions) == workload.flops(scaled, dimensions) + BLOCKS * 7 * 16
+    unread = parsed(method="signround", steps=5, batch_size=2, calibration=text | {"further_samples": 7})
+    assert workload.flops(unread, dimensions) == workload.flops(request, dimensions)
     budget = parsed(method="signround", steps=5, batch_size=2, bits={"average": 4.5})
     assert workload.flops(budget, dimensions) == workload.flops(request, dimensions) + BLOCKS * 128
 
