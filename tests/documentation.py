@@ -69,7 +69,7 @@ def _zero_points(info: MethodInfo) -> str:
 def presets_table() -> str:
     rows = []
     for name, preset, p in ((name, *item) for name, info in METHODS.items() for item in info.presets.items()):
-        sets = "; MXFP4 and llama.cpp's up to 4 bits: ".join(_fields(own) for own in (p.spec, p.coarse) if own)
+        sets = "; integers up to 3 bits, MXFP4, llama.cpp's up to 4: ".join(_fields(own) for own in (p.spec, p.coarse) if own)
         rows.append([f"`{name}`", f"`{preset}`", sets, str(p.num_samples), str(p.sequence_length)])
     return table(("method", "preset", "sets", "sequences", "tokens per sequence"), rows)
 
