@@ -29,7 +29,7 @@ DATABASE = "sqlite"
 @pytest.mark.timeout(600)
 def test_three_kills_within_one_block(installed: Installation, short_model: Path, tmp_path: Path) -> None:
     """All in the second block, so that the first is adopted three times."""
-    job_id = submit(installed, short_model, steps=450)
+    job_id = submit(installed, short_model, steps=1800)
     for attempt in (1, 2, 3):
         wait_until_quantizing(installed, job_id, attempt, blocks_done=1)
         order = order_of(installed, job_id)

@@ -43,7 +43,7 @@ def wait_for_spare(installed: Installation, number: int) -> int:
 @pytest.mark.timeout(900)
 def test_kills_of_spares_attempts_and_their_worker(installed: Installation, short_model: Path, tmp_path: Path) -> None:
     first = wait_for_spare(installed, 1)
-    job_id = submit(installed, short_model, steps=450)
+    job_id = submit(installed, short_model, steps=1800)
     wait_until_quantizing(installed, job_id, 1, blocks_done=1)
     order = order_of(installed, job_id)
     assert told(installed, "spare_taken") == [first]
