@@ -50,7 +50,8 @@ def run_undisturbed(order: AttemptOrder, folder: Path) -> dict[str, str]:
     from workers.engine.reporter import Reporter
     from workers.engine.run import run
 
-    run(order, folder, Reporter(lambda _: None))
+    # The limited child of the attempt is no child of this process, whose own files have its numbers.
+    run(order.model_copy(update={"warm": None}), folder, Reporter(lambda _: None))
     output = folder / "output"
     files = output.rglob("*.safetensors")
     return {file.relative_to(output).as_posix(): sha256(file.read_bytes()).hexdigest() for file in files}
