@@ -47,14 +47,19 @@ def read_text(path: str) -> str:
     return "\n\n".join(json.loads(line)["text"] for line in Path(path).read_text().splitlines())
 
 
+def beginning(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """What the tokenizer begins a text with, int64 (tokens,)."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    whole: list[int] = tokenizer("a").input_ids
+    return torch.tensor(whole[: whole.index(plain[0])], dtype=torch.int64)
+
+
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tensor:
     """Sequences of a text, (sequences, 1, length), each behind what the tokenizer begins a text with.
 
     Gemma's and others' say nothing without the token of the beginning.
     """
-    plain = tokenizer("a", add_special_tokens=False).input_ids
-    whole: list[int] = tokenizer("a").input_ids
-    begin = torch.tensor(whole[: whole.index(plain[0])], dtype=torch.int64)
+    begin = beginning(tokenizer)
     ids: Tensor = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
     each = length - len(begin)
     rows = ids[: len(ids) // each * each].view(-1, each)

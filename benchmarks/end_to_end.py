@@ -16,15 +16,20 @@ changed, and seconds. Models are judged by transformers, as in `benchmarks.numbe
     box     the farthest that a place starts from its code
     batch   sequences a step
     beta    of m; beta2: of v
-    further sequences of `--further` that are tuned on besides; own=1: in place of the calibration's
     seed    of the order of sequences and of the held-out share
+    settled, averaged, floor, shared, turns, trimmed, bounded   rules of `workers.engine.scales.step_rules`
+
+and sequences that are tuned on besides (`benchmarks.few_bits.texts`); own=1: in place of the calibration's
+
+    further  of `--further`
+    cut      windows of the calibration text at its start and then at offsets between these
+    written  what the original writes itself after places of the calibration text
 """
 
 import argparse
-import json
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.request.job_request import JobRequest
 from benchmarks.against_auto_round import QualityMeter, parse_scheme, read_text, windows
+from benchmarks.few_bits.texts import cut, mixed, written_sequences
 from workers.contracts.blocks import BlockTask
 from workers.disk.orders import AttemptOrder
 from workers.engine import goal, quantize, scales
@@ -42,11 +48,14 @@ from workers.engine.quantize.activations import Activations
 from workers.engine.reporter import Reporter
 from workers.engine.scales import memory_plan, moving_codes, tuning
 from workers.engine.scales import stage as scales_stage
+from workers.engine.scales.step_rules import StepRules
 from workers.engine.untrusted.asking import JobInput
 from workers.methods import sign_round
 from workers.numerics.quantized import BlockWeight
 
 HEADER = "| setting | KL, choice | KL of each text | perplexity | held out, before | after | codes | seconds |\n"
+TEXTS = ("further", "cut", "written")
+"""Settings that are numbers of sequences."""
 PACE, BOX, RATE, BETAS, BATCH = moving_codes.PACE_CODES, moving_codes.BOX, tuning.LEARNING_RATE, tuning.BETAS, 4
 
 
@@ -73,16 +82,55 @@ def original_states(job: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     return states.quantized, states.original
 
 
+def rules_of(setting: dict[str, float]) -> StepRules:
+    """The rules that a setting names."""
+    kinds = {field.name: type(field.default) for field in fields(StepRules)}
+    return StepRules(**{name: kind(setting[name]) for name, kind in kinds.items() if name in setting})
+
+
+class Texts:
+    """Further sequences as the stage takes them: embeddings, and the original's states; each kind is made once."""
+
+    def __init__(self, given: argparse.Namespace, model: str, settings: list[dict[str, float]]) -> None:
+        self._given, self._model = given, model
+        self._most = {kind: max(int(setting.get(kind, 0)) for setting in settings) for kind in TEXTS}
+        self._states: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def of(self, job: Any, setting: dict[str, float]) -> tuple[Tensor, Tensor] | None:
+        """All that a setting asks for."""
+        found = [tuple(t[: int(setting[kind])] for t in self._made(job, kind)) for kind in TEXTS if setting.get(kind)]
+        return (torch.cat([one for one, _ in found]), torch.cat([other for _, other in found])) if found else None
+
+    def _made(self, job: Any, kind: str) -> tuple[Tensor, Tensor]:
+        if kind not in self._states:
+            started = time.perf_counter()
+            ids = getattr(self, f"_{kind}")(self._most[kind], job.model.device)
+            self._states[kind] = original_states(job, ids)
+            print(f"| {kind}: {len(ids)} sequences in {time.perf_counter() - started:.1f} s", flush=True)
+        return self._states[kind]
+
+    def _further(self, count: int, _: torch.device) -> Tensor:
+        return windows(self._tokenizer, mixed(self._given.further), self._given.length)[:count, 0]
+
+    def _cut(self, count: int, _: torch.device) -> Tensor:
+        return cut(self._tokenizer, read_text(self._given.calibration), self._given.length, count)
+
+    def _written(self, count: int, device: torch.device) -> Tensor:
+        model = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.bfloat16).to(device)
+        text = read_text(self._given.calibration)
+        return written_sequences(model, self._tokenizer, text, self._given.length, count, seed=0)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self._model)
+
+
 def with_further(task: Any, further: tuple[Tensor, Tensor] | None, setting: dict[str, float]) -> Any:
     """The task with more sequences beside or in place of its own."""
-    if further is None or not setting.get("further"):
+    if further is None:
         return task
-    inputs, targets = (states[: int(setting["further"])] for states in further)
-    return (
-        replace(task, inputs=inputs, targets=targets)
-        if setting.get("own")
-        else replace(task, further=(inputs, targets))
-    )
+    inputs, targets = further
+    return replace(task, inputs=inputs, targets=targets) if setting.get("own") else replace(task, further=further)
 
 
 def tune(job: Any, quantized: Any, setting: dict[str, float], further: tuple[Tensor, Tensor] | None) -> str:
@@ -96,6 +144,7 @@ def tune(job: Any, quantized: Any, setting: dict[str, float], further: tuple[Ten
         scales_stage._task(job, quantized.calibration, quantized),
         steps=int(setting.get("steps", 100)),
         codes=bool(setting.get("codes", 1)),
+        rules=rules_of(setting),
     )
     task = with_further(replace(task, norms=bool(setting.get("norms", task.norms))), further, setting)
     found = tuning.tune_scales(replace(task, seed=task.seed + int(setting.get("seed", 0))))
@@ -124,13 +173,10 @@ def stage_of(given: argparse.Namespace, model: str, meters: list[QualityMeter]) 
     def stage(job: Any, quantized: Any) -> None:
         print(HEADER, flush=True)
         before = job.finished_blocks._state
-        further = None
-        if given.further:
-            ids = windows(AutoTokenizer.from_pretrained(model), mixed(given.further), given.length)[:, 0]
-            further = original_states(job, ids[: given.further_sequences])
-        for text in given.settings:
-            setting = {key: float(value) for key, _, value in map(partition, text.split(","))}
-            end = tune(job, quantized, setting, further)
+        settings = [setting_of(text) for text in given.settings]
+        texts = Texts(given, model, settings)
+        for text, setting in zip(given.settings, settings, strict=True):
+            end = tune(job, quantized, setting, texts.of(job, setting))
             whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
             whole.load_state_dict(weights(job), strict=False)
             choice, *valid = (meter(whole) for meter in meters)
@@ -143,15 +189,9 @@ def stage_of(given: argparse.Namespace, model: str, meters: list[QualityMeter]) 
     return stage
 
 
-def mixed(paths: list[str]) -> str:
-    """Rows of several files in turn, those of a longer file at the end."""
-    rows = [[json.loads(line)["text"] for line in Path(path).read_text().splitlines()] for path in paths]
-    order = sorted((place / len(own), file, place) for file, own in enumerate(rows) for place in range(len(own)))
-    return "\n\n".join(rows[file][place] for _, file, place in order)
-
-
-def partition(text: str) -> tuple[str, str, str]:
-    return text.partition("=")
+def setting_of(text: str) -> dict[str, float]:
+    """ "steps=400,pace=0.25" as numbers by name."""
+    return {key: float(value) for key, _, value in (part.partition("=") for part in text.split(","))}
 
 
 def not_compensated(task: BlockTask) -> dict[str, BlockWeight]:
@@ -168,7 +208,6 @@ def main() -> None:
     parser.add_argument("--valid", required=True, nargs="+")
     parser.add_argument("--scheme", default="mxfp4a16", help="a name, or like W2g64 and W3g64a")
     parser.add_argument("--further", nargs="*", help="texts of the stage alone, document by document in turn")
-    parser.add_argument("--further-sequences", type=int, default=512)
     parser.add_argument("--settings", nargs="+", required=True)
     parser.add_argument("--only", help="pattern of the linears that have the scheme; others have q8_0")
     parser.add_argument("--start", choices=["gptq", "search"], default="gptq", help="of llama.cpp's types")

@@ -74,9 +74,16 @@ def make_task(
 
 
 def change_by_autograd(
-    folder: Path, task: ScaleTask, changes: Mapping[str, Tensor], batch: Tensor
+    folder: Path,
+    task: ScaleTask,
+    changes: Mapping[str, Tensor],
+    batch: Tensor,
+    of_token: Callable[[Tensor], Tensor] = lambda each: each,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean KL and dL/dp of every linear, through transformers' whole model under autograd; batch of sequences."""
+    """Mean KL and dL/dp of every linear, through transformers' whole model under autograd; batch of sequences.
+
+    of_token   the loss of a token, of its KL
+    """
     whole = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
     leaves, values = {}, {}
     for index in range(len(task.calls)):
@@ -91,7 +98,7 @@ def change_by_autograd(
     with torch.no_grad():
         teacher = whole(inputs_embeds=task.inputs[batch]).logits.log_softmax(-1)
     output = torch.func.functional_call(whole, values, kwargs={"inputs_embeds": task.inputs[batch]})
-    loss = (teacher.exp() * (teacher - output.logits.log_softmax(-1))).sum(-1).mean()
+    loss = of_token((teacher.exp() * (teacher - output.logits.log_softmax(-1))).sum(-1)).mean()
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return loss.detach(), dict(zip(leaves, gradients, strict=True))
 

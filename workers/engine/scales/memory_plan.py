@@ -17,6 +17,7 @@ from workers.engine.model.block_calls import BlockCall
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.scales.families import TunedWeight, changes
 from workers.engine.scales.moving_codes import moves_codes
+from workers.engine.scales.step_rules import ADAM_ALONE, StepRules
 from workers.numerics.floats.input_rounding import InputRounding
 
 
@@ -37,6 +38,7 @@ class ScaleTask:
     roundings       of the inputs of a block's linears, as a server rounds them, by name inside the block
     norms           whether the blocks' norms are tuned along
     codes           whether codes move that can, where there is room
+    rules           of the steps, beside Adam's
     tick            called with the steps done
     log             called with an event's name and fields when a slower way is taken
     processes           who tunes along, each over its own sequences
@@ -57,6 +59,7 @@ class ScaleTask:
     roundings: Callable[[int], Mapping[str, InputRounding]] = lambda _: MappingProxyType({})
     norms: bool = False
     codes: bool = False
+    rules: StepRules = ADAM_ALONE
     tick: Callable[[int], None] = lambda _: None
     log: Callable[..., None] = lambda *_, **__: None
     further: tuple[Tensor, Tensor] | None = None
@@ -148,5 +151,5 @@ def _resident_bytes(task: ScaleTask, codes: bool) -> int:
     largest = max(linear.weight.numel() for linear in quantized)
     chunk = LOGITS_AT_ONCE[model.device.type] * (3 * item + (0 if model.device.type == "cuda" else 16))
     moving = sum(linears[name].weight.numel() for name, scheme in task.schemes.items() if codes and moves_codes(scheme))
-    stored = weights - moving + moving * MOVING_BYTES[item]
+    stored = weights - moving + moving * (MOVING_BYTES[item] + task.rules.bytes_a_code(item))
     return weights * item + stored + groups * GROUP_BYTES + (others + head + largest) * item + chunk

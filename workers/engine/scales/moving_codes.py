@@ -161,11 +161,11 @@ class MovingCodes:
 
     def values(self, rows: slice) -> Tensor:
         """The values of the codes, without scales: fp32 (or fp64), a new tensor."""
-        return self._axis.value(self._index(rows))
+        return self._axis.value(self.indices(rows))
 
     def codes(self, groups: slice) -> Tensor:
         """The codes as they are stored, uint8."""
-        return self._axis.code(self._index(groups))
+        return self._axis.code(self.indices(groups))
 
     def receive(self, groups: slice, gradient: Tensor) -> None:
         """Adds D (groups, G) to what this step has had of it."""
@@ -175,6 +175,14 @@ class MovingCodes:
         """Forgets past gradients."""
         for tensor in (self.gradient, self.mean, self.square):
             tensor.zero_()
+
+    def share_squares(self) -> None:
+        """Makes v one number a group from now on: the mean of D^2 over it."""
+        self.square = torch.zeros(len(self.place), 1, dtype=self.square.dtype, device=self.square.device)
+
+    def indices(self, rows: slice) -> Tensor:
+        """Whole indices of the codes, a new tensor of the places' dtype."""
+        return self._axis.rounded(self.place[rows])
 
     def move(self, rate: Tensor, unbiased: tuple[Tensor, Tensor], betas: tuple[float, float]) -> None:
         """A step of Adam; a gradient that is not finite counts as 0.
@@ -188,13 +196,13 @@ class MovingCodes:
             gradient = self.gradient[rows].to(place.dtype).nan_to_num_(0.0, 0.0, 0.0)
             mean = self.mean[rows].to(place.dtype).lerp_(gradient, 1 - betas[0])
             square = self.square[rows].to(place.dtype).mul_(betas[1])
-            square.addcmul_(gradient, gradient, value=1 - betas[1])
+            if square.shape == gradient.shape:
+                square.addcmul_(gradient, gradient, value=1 - betas[1])
+            else:
+                square.add_(gradient.square().mean(1, keepdim=True), alpha=1 - betas[1])
             self.mean[rows], self.square[rows] = mean, square
-            step = (square / unbiased[1]).sqrt_().add_(TINY).reciprocal_().mul_(mean).mul_(pace)
+            step = (square / unbiased[1]).sqrt_().add_(TINY).reciprocal_() * mean * pace
             place.sub_(step).clamp_(self._axis.low - BOX, self._axis.high + BOX)
-
-    def _index(self, rows: slice) -> Tensor:
-        return self._axis.rounded(self.place[rows])
 
 
 def parts(groups: Tensor) -> Iterator[slice]:

@@ -7,7 +7,7 @@ teacher's and the student's, and the gradient in place of the teacher's. The nor
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,8 +48,12 @@ class OutputHead:
                 total += divergence(self._logits(states), self._teacher(fixed))[0].sum(dtype=torch.float64)
         return total
 
-    def gradient(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(
+        self, student: Tensor, teacher: Tensor, weights: Callable[[Tensor], Tensor | None] = lambda _: None
+    ) -> tuple[Tensor, Tensor]:
         """The same sum, and its gradient by the student's hidden states, in their dtype.
+
+        weights   what each token's gradient is multiplied by, of their divergence (tokens,); None: all by 1
 
         Of the sum, not of the mean: its numbers are of the size of probabilities, which half precision holds.
         """
@@ -62,7 +66,8 @@ class OutputHead:
             each, by_logits = divergence(logits.detach(), target)
             torch.autograd.backward(logits, by_logits)
             assert leaf.grad is not None  # noqa: S101 - for the type checker
-            out.copy_(leaf.grad)
+            weight = weights(each)
+            out.copy_(leaf.grad if weight is None else leaf.grad * weight.unsqueeze(1))
             total += each.sum(dtype=torch.float64)
         return total, gradient
 

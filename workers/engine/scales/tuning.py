@@ -48,6 +48,7 @@ from workers.engine.device.cuda_graphs import captured
 from workers.engine.model.overflow import ALSO_DTYPE
 from workers.engine.scales.memory_plan import Fit, ScaleTask, Skipped, find_fit
 from workers.engine.scales.scaled_blocks import ScaledBlocks
+from workers.engine.scales.step_rules import Mean, Turns
 from workers.engine.scales.teacher_loss import OutputHead
 from workers.engine.tune.sequence_order import MOST_HELD_OUT, minibatches, split
 from workers.numerics.floats.elements import element_table
@@ -163,6 +164,9 @@ class ScaleTuning:
 
     mean, square    Adam's m and v
     batches         indices of this rank's sequences in every step, (steps, batch), where the inputs are
+    rates           of scales and norms in every step, (steps,); code_rates: of codes
+    averaged        means over the last steps, where they are what is kept
+    damped          codes that are held once they have turned back often enough
     replay          the captured step, where there is one
     """
 
@@ -173,9 +177,12 @@ class ScaleTuning:
     batches: Tensor
     held_out: Tensor
     rates: Tensor
+    code_rates: Tensor
     count: Tensor
     mean: Tensor
     square: Tensor
+    averaged: Mean | None
+    damped: list[Turns]
     replay: Callable[[], None] | None = None
 
     @classmethod
@@ -195,6 +202,10 @@ class ScaleTuning:
             codes=fit.codes,
             recomputed=fit.recomputed,
         )
+        rules, moving = task.rules, blocks.scales.moving
+        if rules.shared:
+            for codes in moving:
+                codes.share_squares()
         return cls(
             task=task,
             fit=fit,
@@ -203,9 +214,12 @@ class ScaleTuning:
             batches=minibatches(training, settings, task.seed).to(source),
             held_out=held_out.to(source),
             rates=torch.zeros(task.steps, dtype=torch.float32, device=device),
+            code_rates=torch.zeros(task.steps, dtype=torch.float32, device=device),
             count=torch.zeros((), dtype=torch.int64, device=device),
             mean=torch.zeros_like(blocks.scales.change),
             square=torch.zeros_like(blocks.scales.change),
+            averaged=_averaged(task, blocks),
+            damped=[Turns(codes, rules.turns) for codes in moving] if rules.turns else [],
         )
 
     def prepare(self) -> None:
@@ -213,7 +227,7 @@ class ScaleTuning:
         if self.task.model.device.type != "cuda" or self.task.inputs.device.type != "cuda":
             return
         try:
-            still = (self.rates, self.count)
+            still = (self.rates, self.code_rates, self.count)
             self.replay = captured(self._add_gradients, self._sum_gradients, self._move, still, self.task.processes)
         except torch.OutOfMemoryError:
             raise
@@ -222,7 +236,9 @@ class ScaleTuning:
 
     def run(self) -> None:
         """All steps, from the start."""
-        self.rates.copy_(rates(self.task.steps))
+        rules = self.task.rules
+        self.rates.copy_(rules.with_floor(rates(self.task.steps), warm_up(self.task.steps)))
+        self.code_rates.copy_(rules.of_codes(self.rates))
         for tensor in (self.count, self.mean, self.square):
             tensor.zero_()
         self.blocks.scales.restart()
@@ -233,6 +249,9 @@ class ScaleTuning:
                 if self.count.is_cuda:
                     torch.cuda.synchronize(self.count.device)
                 self.task.tick(done)
+        if self.averaged is not None and self.task.steps:
+            self.averaged.put()
+            self.blocks.scales.write()
 
     def gradient(self, batch: Tensor) -> Tensor:
         """dL/dp of the mean over the tokens of some sequences, flat (groups,); this rank's part of the mean of all."""
@@ -241,7 +260,8 @@ class ScaleTuning:
             gradient.zero_()
         for indices in torch.split(batch, self.fit.micro_batch):
             inputs, targets = self._rows(indices)
-            self.blocks.add_gradients(inputs, partial(self.head.gradient, teacher=targets))
+            loss = partial(self.head.gradient, teacher=targets, weights=self.task.rules.weights)
+            self.blocks.add_gradients(inputs, loss)
         return scales.gradient.mul_(scales.start).div_(
             len(batch) * self.task.inputs.shape[1] * self.task.processes.size
         )
@@ -271,7 +291,7 @@ class ScaleTuning:
     def _move(self) -> None:
         # A number that is not finite moves nothing; comparisons would hide it, and Adam would keep it.
         gradient = self.blocks.scales.gradient.nan_to_num_(0.0, 0.0, 0.0)
-        rate = self.rates.index_select(0, self.count.view(1))[0]
+        rate, code_rate = (each.index_select(0, self.count.view(1))[0] for each in (self.rates, self.code_rates))
         self.count += 1
         self.mean.lerp_(gradient, 1 - BETAS[0])
         self.square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
@@ -279,7 +299,11 @@ class ScaleTuning:
         scale = (self.square / unbiased[1]).sqrt_().add_(EPSILON)
         self.blocks.scales.change.sub_((self.mean / scale).mul_(rate / unbiased[0]))
         for codes in self.blocks.scales.moving:
-            codes.move(rate, (unbiased[0], unbiased[1]), BETAS)
+            codes.move(code_rate, (unbiased[0], unbiased[1]), BETAS)
+        for damped in self.damped:
+            damped.hold()
+        if self.averaged is not None:
+            self.averaged.add(self.count)
         self.blocks.scales.write()
 
     def _rows(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,7 +325,20 @@ def _selected(indices: Tensor, own: Tensor, more: Tensor | None) -> Tensor:
     return torch.where((indices < first).view(-1, 1, 1), of_own, of_more)
 
 
+def warm_up(steps: int) -> Tensor:
+    """The learning rate of each step, which rises and stays. fp64 (steps,)."""
+    done = torch.arange(steps, dtype=torch.float64)
+    return LEARNING_RATE * ((done + 1) / WARM_UP_STEPS).clamp(max=1)
+
+
 def rates(steps: int) -> Tensor:
     """The learning rate of each step: a linear warm-up within a linear decay to 0. fp64 (steps,)."""
-    done = torch.arange(steps, dtype=torch.float64)
-    return LEARNING_RATE * ((done + 1) / WARM_UP_STEPS).clamp(max=1) * (1 - done / max(steps, 1))
+    return warm_up(steps) * (1 - torch.arange(steps, dtype=torch.float64) / max(steps, 1))
+
+
+def _averaged(task: ScaleTask, blocks: ScaledBlocks) -> Mean | None:
+    """Means of p and of places, where a part of the steps is averaged."""
+    if not task.rules.averaged:
+        return None
+    tensors = [blocks.scales.change, *(codes.place for codes in blocks.scales.moving)]
+    return Mean(tensors, round(task.steps * (1 - task.rules.averaged)))
