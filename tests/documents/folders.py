@@ -88,6 +88,7 @@ FOLDERS = MappingProxyType(
         "migrations": "Alembic",
         "migrations/versions": "One file per change of the tables",
         "benchmarks": "Measurements side by side; never part of the tests",
+        "benchmarks/few_bits": "Text, other methods and generations of measurements at two and three bits",
         "benchmarks/gguf": "GGUF files beside those of llama.cpp's quantizer",
         "benchmarks/service": "The API under load, and lists of a million jobs",
         "tests": "Mirrors app/ and workers/",
