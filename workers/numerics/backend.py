@@ -25,11 +25,13 @@ from workers.numerics.backends import (
     block_rounding_operators,
     column_operators,
     float_rounding_operators,
+    place_operators,
     rounding_operators,
 )
 from workers.numerics.backends.block_rounding_operators import BlockGroups
 from workers.numerics.backends.column_operators import Columns, IntegerGrid, LevelGrid
 from workers.numerics.backends.float_rounding_operators import FloatGroups
+from workers.numerics.backends.place_operators import Places
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
 from workers.numerics.backends.trial import triton_fault
 from workers.numerics.blocks.axis import BlockAxis
@@ -216,7 +218,17 @@ class CompiledBlockKernels(BlockKernels, Protocol):
     ) -> list[Callable[[], object]]: ...
 
 
-class ScaleKernels(Protocol):
+class PlaceKernels(Protocol):
+    """Places of codes that move; `workers.numerics.backends.place_operators` describes the functions."""
+
+    def move_places(self, places: Places, pace: Tensor, unbiased: Tensor, betas: tuple[float, float]) -> None: ...
+    def dequantize_places(self, places: Places, scale: Tensor, zero: Tensor | int, out: Tensor) -> None: ...
+    def add_place_gradient(
+        self, gradient: Tensor, places: Places, rows: slice, zero: Tensor | int, sign: Tensor, out: Tensor
+    ) -> None: ...
+
+
+class ScaleKernels(PlaceKernels, Protocol):
     """Weights as functions of their scales; `workers.numerics.group_scales` and `.divergence` have the formulas."""
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor | int, out: Tensor) -> None: ...
@@ -309,6 +321,12 @@ def cpu_block_kernels(dtype: torch.dtype) -> BlockKernels:
 def scale_kernels(device: torch.device, dtype: torch.dtype) -> ScaleKernels | None:
     """Scale kernels for weights or logits of this dtype; None if torch's operators compute them."""
     return _scale_kernels() if triton_serves(device, dtype) else None
+
+
+def place_kernels(places: Places) -> PlaceKernels:
+    """Kernels of these places; a square that a group shares is torch's."""
+    whole = places.square.shape == places.place.shape
+    return _scale_kernels() if whole and triton_serves(places.place.device, places.place.dtype) else place_operators
 
 
 def unpack_kernels(device: torch.device, dtype: torch.dtype) -> UnpackKernels | None:

@@ -1,6 +1,8 @@
 """Scales and divergence: the eager formulas against autograd, the Triton kernels against the eager formulas."""
 
 import importlib
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from workers.numerics import group_scales
+from workers.numerics.backends import place_operators
+from workers.numerics.backends.place_operators import Places
 from workers.numerics.divergence import divergence, squared_distance
 from workers.numerics.group_scales import add_scale_gradient, dequantize_groups
 from workers.numerics.quantized import AffineWeight
@@ -166,3 +170,72 @@ def test_divergence_of_half_precision_logits_is_that_of_the_same_numbers_in_fp64
     assert each.dtype == torch.float32
     torch.testing.assert_close(each.double(), (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(gradient.double(), log_q.exp() - log_p.exp(), rtol=2**-7, atol=1e-6)
+
+
+def places_of(seed: int, shape: tuple[int, int], fp4: bool, bits: int, dtype: torch.dtype) -> Places:
+    """Places on and beyond a grid, some exactly between two codes, with what Adam keeps of them."""
+    torch.manual_seed(seed)
+    low, high = (-7, 7) if fp4 else (0, 2**bits - 1)
+    place = (torch.rand(shape) * (high - low + 1) + low - 0.5).to(DEVICE)
+    place = torch.where(torch.rand(shape, device=DEVICE) < 0.1, place.floor() + 0.5, place).clamp(
+        low - 0.49, high + 0.49
+    )
+    gradient, mean = (torch.randn(shape).to(DEVICE, dtype) for _ in range(2))
+    return Places(place, gradient, mean, torch.rand(shape).to(DEVICE, dtype), low, high, 0.49, 1e-12, fp4)
+
+
+@settings(max_examples=12, deadline=None, phases=PHASES)
+@given(fp4=st.booleans(), **GROUPS)
+def test_kernels_of_places_equal_the_operators(
+    kernels: Any, fp4: bool, seed: int, count: int, width: int, bits: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    _, scale, zero = groups(seed, count, width, bits, symmetric)
+    found, expected = (places_of(seed, (count, width), fp4, bits, dtype) for _ in range(2))
+    # The interpreter cuts off where a GPU rounds to bf16.
+    tolerance = 2**-7 if dtype == torch.bfloat16 and DEVICE == "cpu" else 2**-10 if dtype.itemsize == 2 else 1e-5
+    out = [torch.empty(count, width, dtype=dtype, device=DEVICE) for _ in range(2)]
+    kernels.dequantize_places(found, scale, zero, out[0])
+    place_operators.dequantize_places(expected, scale, zero, out[1])
+    torch.testing.assert_close(out[0], out[1], rtol=tolerance if dtype == torch.bfloat16 else 0, atol=0)
+    if not fp4:
+        rows, sums = slice(count // 3, count), [torch.randn(count - count // 3, device=DEVICE)] * 2
+        sums = [tensor.clone() for tensor in sums]
+        d, sign = torch.randn(count - rows.start, width).to(DEVICE, dtype), scale[rows].sign()
+        own = zero[rows] if isinstance(zero, Tensor) else zero
+        kernels.add_place_gradient(d.clone(), found, rows, own, sign, sums[0])
+        place_operators.add_place_gradient(d.clone(), expected, rows, own, sign, sums[1])
+        torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=2**bits * 1e-5)
+        torch.testing.assert_close(found.gradient, expected.gradient, rtol=tolerance, atol=tolerance)
+    found.gradient.copy_(expected.gradient)
+    for places in (found, expected):
+        places.gradient[0, 0], places.gradient[-1, -1] = torch.nan, -torch.inf
+    pace, unbiased = (torch.tensor(number, device=DEVICE) for number in (0.03, 0.6))
+    kernels.move_places(found, pace, unbiased, (0.9, 0.95))
+    place_operators.move_places(expected, pace, unbiased, (0.9, 0.95))
+    for one, other in ((found.mean, expected.mean), (found.square, expected.square)):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=1e-6)
+    torch.testing.assert_close(found.place, expected.place, rtol=0, atol=1e-5)
+
+
+def test_operators_of_places_are_the_formulas_in_fp64() -> None:
+    scale, generator = torch.tensor([0.5, -0.25], dtype=torch.float64), torch.Generator().manual_seed(0)
+    place = torch.tensor([[0.5, 1.5, 2.5, 3.4], [-0.4, 0.6, 2.49, 3.0]], dtype=torch.float64)
+    gradient, mean = (torch.randn(2, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    square = torch.rand(2, 4, dtype=torch.float64, generator=generator)
+    places = Places(place.clone(), gradient.clone(), mean.clone(), square.clone(), 0, 3, 0.49, 1e-12)
+    out = torch.empty(2, 4)
+    place_operators.dequantize_places(places, scale, 2, out)
+    assert out.tolist() == [[-1.0, 0.0, 0.0, 0.5], [0.5, 0.25, 0.0, -0.25]]
+    fp4 = replace(places, place=torch.tensor([[-7.4, -4.6, 6.0, 3.0]] * 2), low=-7, high=7, fp4=True)
+    place_operators.dequantize_places(fp4, scale, 0, out)
+    assert out.tolist() == [[-3.0, -1.5, 2.0, 0.75], [1.5, 0.75, -1.0, -0.375]]
+    d, sums = torch.randn(1, 4, dtype=torch.float64, generator=generator), torch.ones(1, dtype=torch.float64)
+    place_operators.add_place_gradient(d.clone(), places, slice(1, 2), 2, scale[1:].sign(), sums)
+    torch.testing.assert_close(sums, 1 + (d * torch.tensor([-2, -1, 0, 1])).sum(1))
+    torch.testing.assert_close(places.gradient, gradient - torch.cat([torch.zeros_like(d), d]))
+    g = places.gradient.clone()
+    place_operators.move_places(places, torch.tensor(0.1), torch.tensor(0.5), (0.9, 0.95))
+    m, v = 0.9 * mean + 0.1 * g, 0.95 * square + 0.05 * g**2
+    torch.testing.assert_close(
+        places.place, (place - 0.1 * m / (v / 0.5).sqrt()).clamp(-0.49, 3.49), rtol=1e-6, atol=1e-6
+    )

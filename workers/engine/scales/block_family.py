@@ -21,8 +21,9 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from app.domain.methods.block_types import BlockType, SmallIntegers
-from workers.engine.scales.moving_codes import MovingCodes, parts
+from workers.engine.scales.moving_codes import MovingCodes
 from workers.engine.tune.gradient_linear import Receive
+from workers.numerics.backends.place_operators import parts
 from workers.numerics.blocks.axis import BlockAxis
 from workers.numerics.quantized import BlockWeight
 

@@ -23,9 +23,10 @@ from app.domain.methods import Scheme
 from app.domain.methods.named_schemes import Element
 from workers.engine.scales.block_family import BlockFamily, numbers_of
 from workers.engine.scales.float_scales import FloatScales, trains
-from workers.engine.scales.moving_codes import FloatAxis, IntegerAxis, MovingCodes, moves_codes, parts
+from workers.engine.scales.moving_codes import FloatAxis, IntegerAxis, MovingCodes, moves_codes
 from workers.engine.tune.gradient_linear import Receive
 from workers.numerics.affine import store_scale
+from workers.numerics.backends.place_operators import parts
 from workers.numerics.floats.elements import element_of, element_table
 from workers.numerics.group_scales import (
     add_level_gradient,
@@ -116,11 +117,8 @@ class IntegerFamily:
         scale = self._rounded(slice(None), change)
         if self.codes is None:
             dequantize_groups(self._codes, scale, self._zero, self.value)
-            return
-        for rows in parts(self.value):
-            # In fp32 whatever the model is in: the bits of `AffineWeight.dequantize`.
-            steps = self._steps(rows).float()
-            self.value[rows] = steps.mul_(scale[rows].float().unsqueeze(1))
+        else:
+            self.codes.dequantize(scale, self._zero, self.value)
 
     def stored(self, groups: slice, change: Tensor) -> Tensor | None:
         return self._rounded(groups, change).to(self._dtype)
@@ -137,21 +135,13 @@ class IntegerFamily:
         return receive
 
     def _moving_receiver(self, groups: slice, gradient: Tensor, codes: MovingCodes) -> Receive:
-        shape, first = self.value[groups].shape, groups.start
+        shape, start = self.value[groups].shape, self._start[groups]
+        zero = self._zero if isinstance(self._zero, int) else self._zero[groups]
 
         def receive(by_output: Tensor, x: Tensor) -> None:
-            by_weight = (by_output.T @ x).view(shape)
-            for rows in parts(by_weight):
-                steps = self._steps(slice(first + rows.start, min(first + rows.stop, groups.stop)))
-                gradient[rows] += steps.to(gradient.dtype).mul_(by_weight[rows]).sum(-1)
-            codes.receive(groups, by_weight.mul_(self._start[groups].sign().unsqueeze(1).to(by_weight.dtype)))
+            codes.receive_with_scale(groups, (by_output.T @ x).view(shape), zero, start.sign(), gradient)
 
         return receive
-
-    def _steps(self, rows: slice) -> Tensor:
-        """q - z of some groups whose codes move, a new tensor."""
-        assert self.codes is not None  # noqa: S101 - for the type checker
-        return self.codes.values(rows).sub_(self._zeros(rows))
 
     def _zeros(self, rows: slice) -> Tensor | int:
         """z, (groups, 1) or one for all."""
@@ -218,10 +208,7 @@ class MovingFamily:
         return start
 
     def write(self, change: Tensor) -> None:
-        factor = self._scales.factor(change)
-        for rows in parts(self.value):
-            # In fp32 whatever the model is in: the bits of `FloatWeight.dequantize`.
-            self.value[rows] = self.codes.values(rows).float().mul_(factor[rows].unsqueeze(-1))
+        self.codes.dequantize(self._scales.factor(change), 0, self.value)
 
     def stored(self, groups: slice, change: Tensor) -> Tensor | None:
         return self._scales.stored(groups, change) if self.trains else None

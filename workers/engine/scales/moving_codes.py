@@ -20,7 +20,6 @@ The axis is all that is known of the grid. Straight-through gradients through wh
 arXiv:1308.3432; for codes against the original model's distribution: LLM-QAT, arXiv:2305.17888.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,8 +28,9 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from app.domain.methods.named_schemes import COARSE, COARSE_BITS, Element
+from workers.numerics.backend import place_kernels
+from workers.numerics.backends.place_operators import Places
 from workers.numerics.floats.elements import LAST_INDEX, code_of_index, from_index, to_index
-from workers.numerics.group_scales import CACHED_ELEMENTS, CHUNK_ELEMENTS
 
 PACE_CODES = 0.5
 """Of x, in parts of the rate of scales: at the highest rate a thousandth of a code a step."""
@@ -80,7 +80,7 @@ class Axis(Protocol):
 
 @dataclass(frozen=True)
 class FloatAxis:
-    """The axis of a small floating-point type.
+    """The axis of E2M1.
 
     values   of its codes, fp32 (2^bits,)
     """
@@ -171,6 +171,21 @@ class MovingCodes:
         """Adds D (groups, G) to what this step has had of it."""
         self.gradient[groups] += gradient
 
+    def dequantize(self, scale: Tensor, zero: Tensor | int, out: Tensor) -> None:
+        """Writes scale*(value - zero) to `out` (groups, G): scale (groups,), zero the same or one number for all."""
+        places = self._places()
+        place_kernels(places).dequantize_places(places, scale, zero, out)
+
+    def receive_with_scale(
+        self, groups: slice, gradient: Tensor, zero: Tensor | int, sign: Tensor, out: Tensor
+    ) -> None:
+        """Adds D*sign to what this step has had of it, and each group's sum of D*(value - zero) to `out`; D is lost.
+
+        gradient  D of these groups, (count, G); zero, sign and out: of these groups, (count,), zero or one for all
+        """
+        places = self._places()
+        place_kernels(places).add_place_gradient(gradient, places, groups, zero, sign, out)
+
     def restart(self) -> None:
         """Forgets past gradients."""
         for tensor in (self.gradient, self.mean, self.square):
@@ -190,22 +205,10 @@ class MovingCodes:
         rate      that of scales, a number on the device
         unbiased  1 - b1^i and 1 - b2^i, the same
         """
-        pace = rate * PACE_CODES / unbiased[0]
-        for rows in parts(self.place):
-            place = self.place[rows]
-            gradient = self.gradient[rows].to(place.dtype).nan_to_num_(0.0, 0.0, 0.0)
-            mean = self.mean[rows].to(place.dtype).lerp_(gradient, 1 - betas[0])
-            square = self.square[rows].to(place.dtype).mul_(betas[1])
-            if square.shape == gradient.shape:
-                square.addcmul_(gradient, gradient, value=1 - betas[1])
-            else:
-                square.add_(gradient.square().mean(1, keepdim=True), alpha=1 - betas[1])
-            self.mean[rows], self.square[rows] = mean, square
-            step = (square / unbiased[1]).sqrt_().add_(TINY).reciprocal_() * mean * pace
-            place.sub_(step).clamp_(self._axis.low - BOX, self._axis.high + BOX)
+        places = self._places()
+        place_kernels(places).move_places(places, rate * PACE_CODES / unbiased[0], unbiased[1], betas)
 
-
-def parts(groups: Tensor) -> Iterator[slice]:
-    """Slices of (groups, G), so that intermediate tensors stay small."""
-    size = max(1, (CHUNK_ELEMENTS if groups.is_cuda else CACHED_ELEMENTS) // groups.shape[1])
-    return (slice(start, start + size) for start in range(0, len(groups), size))
+    def _places(self) -> Places:
+        fp4 = isinstance(self._axis, FloatAxis)
+        sizes = {"low": self._axis.low, "high": self._axis.high, "box": BOX, "tiny": TINY, "fp4": fp4}
+        return Places(self.place, self.gradient, self.mean, self.square, **sizes)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.engine.scales.moving_codes import MovingCodes, parts
+from workers.engine.scales.moving_codes import MovingCodes
+from workers.numerics.backends.place_operators import parts
 
 
 @dataclass(frozen=True)

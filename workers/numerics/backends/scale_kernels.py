@@ -1,11 +1,14 @@
 """Triton kernels of end-to-end scale tuning and of distances between outputs.
 
-Formulas are in `workers.numerics.group_scales` and `.divergence`.
+Formulas are in `workers.numerics.group_scales`, `.divergence` and `.backends.place_operators`.
 
     dequantize          reads 1 byte per code, writes w_hat
     add_scale_gradient  reads D and 1 byte per code, writes one number per group
     squared_distance    reads both tensors once
     divergence          reads both logits twice and writes the gradient over the teacher's: no fp32 copy of either
+    move_places         reads x, D, m and v once, writes x, m and v
+    dequantize_places   reads x, writes w_hat
+    add_place_gradient  reads D and x, adds D to what codes have had and one number to each group
 
 Each program owns its groups or its token, so the order of every sum is fixed. Arithmetic is fp32. The
 interpreter runs the same code on a CPU (TRITON_INTERPRET=1); there the tests compare it with the reference.
@@ -16,10 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.numerics.backends.place_operators import Places
+
 PROGRAM_ELEMENTS = 4096
 """Weights that a program handles; at least one group."""
 VOCABULARY_ELEMENTS = 4096
 """Logits of a token that are read at once."""
+MOVED_ELEMENTS = 1024
+"""Places that a program moves."""
+TO_NEAREST = tl.constexpr(12582912.0)
+"""1.5 * 2^23: adding and subtracting it rounds an fp32 below 2^22 to the nearest integer, ties to even."""
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | int, out: Tensor) -> None:
@@ -49,6 +58,61 @@ def squared_distance(one: Tensor, other: Tensor) -> Tensor:
     sums = torch.empty(triton.cdiv(count, PROGRAM_ELEMENTS), dtype=torch.float32, device=one.device)
     _squared_distance[(len(sums),)](one, other, sums, count, BLOCK=PROGRAM_ELEMENTS, num_warps=8)
     return sums.sum(dtype=torch.float64)
+
+
+def move_places(places: Places, pace: Tensor, unbiased: Tensor, betas: tuple[float, float]) -> None:
+    """`workers.numerics.backends.place_operators.move_places`; x is fp32, and v has a number for each place."""
+    count = places.place.numel()
+    _move_places[(triton.cdiv(count, MOVED_ELEMENTS),)](
+        places.place,
+        places.gradient,
+        places.mean,
+        places.square,
+        pace,
+        unbiased,
+        *(1 - beta for beta in betas),
+        places.tiny,
+        places.low - places.box,
+        places.high + places.box,
+        count,
+        BLOCK=MOVED_ELEMENTS,
+    )
+
+
+def dequantize_places(places: Places, scale: Tensor, zero: Tensor | int, out: Tensor) -> None:
+    """Writes scale*(value - zero) to `out`; scale fp32."""
+    grid, sizes = _programs(places.place)
+    kind = {"FP4": places.fp4, **sizes}
+    _dequantize_places[grid](
+        places.place,
+        scale,
+        *_zero(places.place, zero),
+        out,
+        float(places.low),
+        float(places.high),
+        *places.place.shape,
+        **kind,
+    )
+
+
+def add_place_gradient(
+    gradient: Tensor, places: Places, rows: slice, zero: Tensor | int, sign: Tensor, out: Tensor
+) -> None:
+    """Adds sums over groups of gradient*(value - zero) to `out`, and gradient*sign to what codes have had."""
+    place, had = places.place[rows], places.gradient[rows]
+    grid, sizes = _programs(place)
+    _add_place_gradient[grid](
+        gradient,
+        place,
+        sign,
+        *_zero(place, zero),
+        had,
+        out,
+        float(places.low),
+        float(places.high),
+        *place.shape,
+        **sizes,
+    )
 
 
 def _programs(codes: Tensor) -> tuple[tuple[int], dict[str, int]]:
@@ -156,3 +220,107 @@ def _divergence(STUDENT, TEACHER, EACH, vocabulary, BLOCK: tl.constexpr):  # typ
         each += tl.sum(p * (log_p - log_q), 0)
         tl.store(TEACHER + at, (tl.exp(log_q) - p).to(TEACHER.dtype.element_ty), mask=real)
     tl.store(EACH + token, each)
+
+
+@triton.jit
+def _move_places(  # type: ignore[no-untyped-def]
+    PLACE,
+    D,
+    MEAN,
+    SQUARE,
+    PACE,
+    UNBIASED,
+    new_mean,
+    new_square,
+    tiny,
+    low,
+    high,
+    count,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = at < count
+    d = tl.load(D + at, mask=real, other=0.0).to(tl.float32)
+    # NaN is not equal to itself, and infinities are not less than the largest number.
+    d = tl.where(tl.abs(d) <= 3.4e38, d, 0.0)
+    mean = tl.load(MEAN + at, mask=real, other=0.0).to(tl.float32)
+    square = tl.load(SQUARE + at, mask=real, other=0.0).to(tl.float32)
+    mean += new_mean * (d - mean)
+    square = square * (1 - new_square) + new_square * d * d
+    tl.store(MEAN + at, mean.to(MEAN.dtype.element_ty), mask=real)
+    tl.store(SQUARE + at, square.to(SQUARE.dtype.element_ty), mask=real)
+    step = mean * tl.load(PACE) / (tl.sqrt(square / tl.load(UNBIASED)) + tiny)
+    place = tl.load(PLACE + at, mask=real, other=0.0) - step
+    tl.store(PLACE + at, tl.minimum(tl.maximum(place, low), high), mask=real)
+
+
+@triton.jit
+def _indices(PLACE, group, column, count, width, low, high):  # type: ignore[no-untyped-def]
+    """Whole indices of some groups' places; their addresses; and the mask of real elements."""
+    real = (group < count)[:, None] & (column < width)[None, :]
+    at = group[:, None] * width + column[None, :]
+    place = tl.load(PLACE + at, mask=real, other=0.0).to(tl.float32)
+    index = (place + TO_NEAREST) - TO_NEAREST
+    return tl.minimum(tl.maximum(index, low), high), at, real
+
+
+@triton.jit
+def _dequantize_places(  # type: ignore[no-untyped-def]
+    PLACE,
+    SCALE,
+    ZERO,
+    middle,
+    STORED_ZERO: tl.constexpr,
+    OUT,
+    low,
+    high,
+    count,
+    width,
+    FP4: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    value, at, real = _indices(PLACE, group, tl.arange(0, WIDTH), count, width, low, high)
+    if FP4:  # convex: the largest of its three lines
+        size = tl.abs(value)
+        size = tl.maximum(tl.maximum(size * 0.5, size - 2), 2 * size - 8)
+        value = tl.where(value < 0, -size, size)
+    if STORED_ZERO:
+        value -= tl.load(ZERO + group, mask=group < count, other=0).to(tl.float32)[:, None]
+    else:
+        value -= middle
+    scale = tl.load(SCALE + group, mask=group < count, other=0.0).to(tl.float32)
+    tl.store(OUT + at, (value * scale[:, None]).to(OUT.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _add_place_gradient(  # type: ignore[no-untyped-def]
+    D,
+    PLACE,
+    SIGN,
+    ZERO,
+    middle,
+    STORED_ZERO: tl.constexpr,
+    HAD,
+    OUT,
+    low,
+    high,
+    count,
+    width,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    owned = group < count
+    value, at, real = _indices(PLACE, group, tl.arange(0, WIDTH), count, width, low, high)
+    if STORED_ZERO:
+        value -= tl.load(ZERO + group, mask=owned, other=0).to(tl.float32)[:, None]
+    else:
+        value -= middle
+    d = tl.load(D + at, mask=real, other=0.0).to(tl.float32)
+    sum_before = tl.load(OUT + group, mask=owned, other=0.0)
+    tl.store(OUT + group, sum_before + tl.sum(tl.where(real, d * value, 0.0), 1), mask=owned)
+    sign = tl.load(SIGN + group, mask=owned, other=0.0).to(tl.float32)[:, None]
+    had = tl.load(HAD + at, mask=real, other=0.0).to(tl.float32)
+    tl.store(HAD + at, (had + d * sign).to(HAD.dtype.element_ty), mask=real)
