@@ -209,6 +209,5 @@ class MovingCodes:
         place_kernels(places).move_places(places, rate * PACE_CODES / unbiased[0], unbiased[1], betas)
 
     def _places(self) -> Places:
-        fp4 = isinstance(self._axis, FloatAxis)
-        sizes = {"low": self._axis.low, "high": self._axis.high, "box": BOX, "tiny": TINY, "fp4": fp4}
-        return Places(self.place, self.gradient, self.mean, self.square, **sizes)
+        tensors, axis = (self.place, self.gradient, self.mean, self.square), self._axis
+        return Places(*tensors, axis.low, axis.high, box=BOX, tiny=TINY, fp4=isinstance(axis, FloatAxis))
