@@ -24,6 +24,7 @@ and sequences that are tuned on besides (`benchmarks.few_bits.texts`); own=1: in
     further  of `--further`
     cut      windows of the calibration text at its start and then at offsets between these
     written  what the original writes itself after places of the calibration text
+    free     what it writes after a token drawn from all
 """
 
 import argparse
@@ -39,7 +40,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.request.job_request import JobRequest
 from benchmarks.against_auto_round import QualityMeter, parse_scheme, read_text, windows
-from benchmarks.few_bits.texts import cut, mixed, written_sequences
+from benchmarks.few_bits.generations import Prompts
+from benchmarks.few_bits.texts import cut, free_sequences, mixed, read_rows, written_sequences
 from workers.contracts.blocks import BlockTask
 from workers.disk.orders import AttemptOrder
 from workers.engine import goal, quantize, scales
@@ -54,7 +56,7 @@ from workers.methods import sign_round
 from workers.numerics.quantized import BlockWeight
 
 HEADER = "| setting | KL, choice | KL of each text | perplexity | held out, before | after | codes | seconds |\n"
-TEXTS = ("further", "cut", "written")
+TEXTS = ("further", "cut", "written", "free")
 """Settings that are numbers of sequences."""
 PACE, BOX, RATE, BETAS, BATCH = moving_codes.PACE_CODES, moving_codes.BOX, tuning.LEARNING_RATE, tuning.BETAS, 4
 
@@ -116,9 +118,14 @@ class Texts:
         return cut(self._tokenizer, read_text(self._given.calibration), self._given.length, count)
 
     def _written(self, count: int, device: torch.device) -> Tensor:
-        model = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.bfloat16).to(device)
         text = read_text(self._given.calibration)
-        return written_sequences(model, self._tokenizer, text, self._given.length, count, seed=0)
+        return written_sequences(self._original(device), self._tokenizer, text, self._given.length, count, seed=0)
+
+    def _free(self, count: int, device: torch.device) -> Tensor:
+        return free_sequences(self._original(device), self._tokenizer, self._given.length, count, seed=0)
+
+    def _original(self, device: torch.device) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.bfloat16).to(device)
 
     @property
     def _tokenizer(self) -> Any:
@@ -175,11 +182,16 @@ def stage_of(given: argparse.Namespace, model: str, meters: list[QualityMeter]) 
         before = job.finished_blocks._state
         settings = [setting_of(text) for text in given.settings]
         texts = Texts(given, model, settings)
+        prompts = (
+            None if given.generations is None else Prompts.of(model, read_rows(given.generations), job.model.device)
+        )
         for text, setting in zip(given.settings, settings, strict=True):
             end = tune(job, quantized, setting, texts.of(job, setting))
             whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
             whole.load_state_dict(weights(job), strict=False)
             choice, *valid = (meter(whole) for meter in meters)
+            if prompts is not None:
+                print(f"| {text} | {prompts.compared(whole)}", flush=True)
             each = " ".join(f"{judged['kl']:.5f}" for judged in valid)
             figures = f"{choice['kl']:.5f} | {each} | {valid[0]['perplexity']:.3f}"
             print(f"| {text} | {figures} {end}", flush=True)
@@ -209,6 +221,7 @@ def main() -> None:
     parser.add_argument("--scheme", default="mxfp4a16", help="a name, or like W2g64 and W3g64a")
     parser.add_argument("--further", nargs="*", help="texts of the stage alone, document by document in turn")
     parser.add_argument("--settings", nargs="+", required=True)
+    parser.add_argument("--generations", help="text whose first documents are prompts: 64 greedy tokens are compared")
     parser.add_argument("--only", help="pattern of the linears that have the scheme; others have q8_0")
     parser.add_argument("--start", choices=["gptq", "search"], default="gptq", help="of llama.cpp's types")
     parser.add_argument("--samples", type=int, default=128)

@@ -18,14 +18,21 @@ from benchmarks.against_auto_round import beginning, windows
 
 SHORTEST, LONGEST = 16, 64
 """Tokens of the text before a written piece."""
+SURE = 4
+"""Tokens of a free piece after which others than the likeliest are drawn."""
 PIECE = 512
 """Tokens of a piece; several make a sequence. The shorter, the nearer to the text."""
 PIECES_AT_ONCE = 2048
 
 
+def read_rows(path: str) -> list[str]:
+    """Texts of a file of JSON lines."""
+    return [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
+
+
 def mixed(paths: list[str]) -> str:
     """Rows of several files in turn, those of a longer file at the end."""
-    rows = [[json.loads(line)["text"] for line in Path(path).read_text().splitlines()] for path in paths]
+    rows = [read_rows(path) for path in paths]
     order = sorted((place / len(own), file, place) for file, own in enumerate(rows) for place in range(len(own)))
     return "\n\n".join(rows[file][place] for _, file, place in order)
 
@@ -45,25 +52,25 @@ def cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int) 
 
 
 @torch.inference_mode()
-def written(model: Any, prefixes: Tensor, length: int, seed: int) -> Tensor:
-    """Sequences (pieces, length) that a model goes on with after places of a text.
+def written(model: Any, prefixes: Tensor, given: Tensor, length: int, seed: int, sure: int = 0) -> Tensor:
+    """Sequences (pieces, length) that a model goes on with at temperature 1.
 
     model      of transformers, on its device
-    prefixes   (pieces, LONGEST): of each the first SHORTEST to LONGEST tokens are taken, at random
+    prefixes   (pieces, tokens): of each the first `given` are taken, at least one
+    sure       the place before which the likeliest token is taken
     """
-    device, generator = model.device, torch.Generator(model.device).manual_seed(seed)
-    given = torch.randint(SHORTEST, LONGEST + 1, (len(prefixes),), generator=generator, device=device)
-    prefixes, cache = prefixes.to(device), DynamicCache()
-    ids = prefixes[:, :SHORTEST]
-    states = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    for place in range(SHORTEST, length):
-        odds = states.logits[:, -1].float().softmax(-1)
-        token = torch.multinomial(odds, 1, generator=generator)
-        if place < LONGEST:
+    device, generator, cache = model.device, torch.Generator(model.device).manual_seed(seed), DynamicCache()
+    prefixes, given = prefixes.to(device), given.to(device)
+    ids = token = prefixes[:, : int(given.min())]
+    for place in range(ids.shape[1], length):
+        logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        if place < sure:
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            token = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+        if place < prefixes.shape[1]:
             token = torch.where((place < given).unsqueeze(1), prefixes[:, place : place + 1], token)
         ids = torch.cat([ids, token], dim=1)
-        if place + 1 < length:
-            states = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return ids
 
 
@@ -71,13 +78,29 @@ def written_sequences(
     model: Any, tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int, seed: int
 ) -> Tensor:
     """`count` sequences (count, length), of pieces that begin at places of the text which are drawn without order."""
-    piece = min(PIECE, length)
-    places = cut(tokenizer, text, piece, count * (length // piece))
-    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
-    pieces = [
-        written(model, places[chosen, :LONGEST], piece, seed + number).cpu()
-        for number, chosen in enumerate(torch.split(order, PIECES_AT_ONCE))
-    ]
-    rows = torch.cat(pieces)
+    piece, generator = min(PIECE, length), torch.Generator().manual_seed(seed)
+    places = cut(tokenizer, text, piece, count * (length // piece))[:, :LONGEST]
+    places = places[torch.randperm(len(places), generator=generator)]
+    given = torch.randint(SHORTEST, LONGEST + 1, (len(places),), generator=generator).clamp(max=places.shape[1])
+    return _sequences(model, places, given, piece, length, seed)
+
+
+def free_sequences(model: Any, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> Tensor:
+    """`count` sequences (count, length), of pieces that begin with a token drawn from all but the special ones."""
+    piece, generator, begin = min(PIECE, length), torch.Generator().manual_seed(seed), beginning(tokenizer)
+    plain = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+    pieces = count * (length // piece)
+    first = plain[torch.randint(len(plain), (pieces, 1), generator=generator)]
+    prefixes = torch.cat([begin.expand(pieces, -1), first], dim=1)
+    given = torch.full((pieces,), prefixes.shape[1])
+    return _sequences(model, prefixes, given, piece, length, seed, sure=prefixes.shape[1] + SURE - 1)
+
+
+def _sequences(
+    model: Any, prefixes: Tensor, given: Tensor, piece: int, length: int, seed: int, sure: int = 0
+) -> Tensor:
+    """Written pieces, several of them a sequence."""
+    batches = zip(torch.split(prefixes, PIECES_AT_ONCE), torch.split(given, PIECES_AT_ONCE), strict=True)
+    rows = torch.cat([written(model, *batch, piece, seed + number, sure).cpu() for number, batch in enumerate(batches)])
     each = length // piece
     return rows[: len(rows) // each * each].view(-1, each * piece)
