@@ -11,11 +11,13 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from workers.numerics.eight_bits.cast_kernels import LARGEST, cast
+from workers.numerics.eight_bits import casts
+from workers.numerics.eight_bits.cast_kernels import cast
 
 LINEARS = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
 
@@ -34,31 +36,27 @@ def measured(tokens: int, inputs: int, outputs: int, repeats: int) -> dict[str, 
     x = torch.randn(tokens, inputs, dtype=torch.bfloat16, device="cuda")
     w = torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda") * 0.02
     g = torch.randn(tokens, outputs, dtype=torch.bfloat16, device="cuda") * 1e-8
-    x8, x8t, sx = cast(x, rows=True, columns=True)
-    w8, w8t, sw = cast(w, rows=True, columns=True)
-    g8, g8t, sg = cast(g, rows=True, columns=True)
-    assert x8 is not None and x8t is not None and w8 is not None and w8t is not None and g8 is not None
-    assert g8t is not None
+    x8, w8, g8 = (cast(t, lying=True, turned=True) for t in (x, w, g))
     runs: dict[str, Callable[[], object]] = {
         "bf16_forward": lambda: x @ w.T,
         "bf16_dx": lambda: g @ w,
         "bf16_dw": lambda: g.T @ x,
-        "cast_x_turned": lambda: cast(x, rows=False, columns=True),
-        "cast_g_both": lambda: cast(g, rows=True, columns=True),
-        "cast_w_turned": lambda: cast(w, rows=False, columns=True),
-        "maximum_torch_g": lambda: g.abs().amax(),
+        "cast_x_turned": lambda: cast(x, lying=False, turned=True),
+        "cast_g_both": lambda: cast(g, lying=True, turned=True),
+        "cast_g_turned": lambda: cast(g, lying=False, turned=True),
+        "cast_w_turned": lambda: cast(w, lying=False, turned=True),
     }
     for kind, quick in (("quick", True), ("exact", False)):
         runs |= {
-            f"fp8_forward_{kind}": lambda q=quick: product(x8, w8, sx, sw, q),  # type: ignore[misc]
-            f"fp8_dx_{kind}": lambda q=quick: product(g8, w8t, sg, sw, q),  # type: ignore[misc]
-            f"fp8_dw_{kind}": lambda q=quick: product(g8t, x8t, sg, sx, q),  # type: ignore[misc]
+            f"fp8_forward_{kind}": partial(product, x8.lying, w8.lying, x8.scale, w8.scale, quick),
+            f"fp8_dx_{kind}": partial(product, g8.lying, w8.turned, g8.scale, w8.scale, quick),
+            f"fp8_dw_{kind}": partial(product, g8.turned, x8.turned, g8.scale, x8.scale, quick),
         }
     times = {name: round(milliseconds(run, repeats), 4) for name, run in runs.items()}
     dw = (g.T @ x).float()
     agreement = {}
     for kind, quick in (("quick", True), ("exact", False)):
-        found = product(g8t, x8t, sg, sx, quick).float()
+        found = product(g8.turned, x8.turned, g8.scale, x8.scale, quick).float()
         same = (found.sign() == dw.sign()).float()
         agreement[kind] = {
             "same": float(same.mean()),
@@ -69,19 +67,24 @@ def measured(tokens: int, inputs: int, outputs: int, repeats: int) -> dict[str, 
     return {"ms": times, "agreement": agreement, "right": right}
 
 
-def product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, quick: bool) -> Tensor:
+def product(a: Tensor | None, b: Tensor | None, scale_a: Tensor, scale_b: Tensor, quick: bool) -> Tensor:
     """a (m, k) b (n, k)^T."""
+    assert a is not None
+    assert b is not None
     made: Tensor = torch._scaled_mm(a, b.T, scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=quick)
     return made
 
 
-def cast_is_right(x: Tensor) -> list[bool]:
-    lying, turned, scale = cast(x, rows=True, columns=True)
-    assert lying is not None and turned is not None
-    maximum = x.abs().amax().float()
-    plain = (x.float() * (LARGEST / maximum)).to(torch.float8_e4m3fn).view(torch.uint8)
-    same = (lying.view(torch.uint8) == plain).float().mean(), (turned.view(torch.uint8).T == plain).float().mean()
-    return [bool(share > 0.9999) for share in same] + [bool(scale == maximum / LARGEST)]
+def cast_is_right(x: Tensor) -> dict[str, float]:
+    """Share of elements that are those of torch's operators; a product or a quotient in another order may turn few."""
+    made, plain = cast(x, lying=True, turned=True), casts.cast(x, lying=True, turned=True)
+    pairs = {"lying": (made.lying, plain.lying), "turned": (made.turned, plain.turned)}
+    same = {}
+    for name, (ours, theirs) in pairs.items():
+        assert ours is not None
+        assert theirs is not None
+        same[name] = float((ours.view(torch.uint8) == theirs.view(torch.uint8)).float().mean())
+    return same | {"scale": float(made.scale / plain.scale)}
 
 
 def milliseconds(run: Callable[[], object], repeats: int) -> float:

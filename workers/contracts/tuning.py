@@ -53,14 +53,24 @@ class TrainableWeights(Protocol):
         ...
 
 
+Gradients = Literal["exact", "quick", "eight_bits"]
+"""Products that make gradients: in the model's dtype; in FP8 where that is quicker; in FP8 where it is possible."""
+
+
 @dataclass(frozen=True)
 class TuningSettings:
-    """Steps of a block: each over `batch_size` sequences, the learning rate constant or decaying linearly to 0."""
+    """Steps of a block: each over `batch_size` sequences, the learning rate constant or decaying linearly to 0.
+
+    half_batches   first steps that read half of their batch alone
+    gradients      for methods that use signs alone, which small errors hardly turn, not only "exact"
+    """
 
     steps: int
     batch_size: int
     learning_rate: float
     schedule: Literal["linear", "constant"] = "linear"
+    half_batches: int = 0
+    gradients: Gradients = "exact"
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ from app.domain.methods import Form, GPTQSpec, Scheme, SignRoundSpec
 from app.domain.methods.named_schemes import COARSE
 from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.results import BlockResult
-from workers.contracts.tuning import TuningSettings
+from workers.contracts.tuning import Gradients, TuningSettings
 from workers.numerics.affine import GroupRange, round_to_grid
 from workers.numerics.backend import block_rounding_kernels, float_rounding_kernels, rounding_kernels
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
@@ -69,6 +69,11 @@ from workers.numerics.quantized import AffineWeight, BlockWeight, LinearResult, 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 """Limits of alpha and beta: a full range may only shrink, a searched one may also widen."""
 
+HALF_BATCHES = 0.0
+"""Part of the steps, from the first on, that read half of their batch."""
+GRADIENTS: Gradients = "exact"
+"""Products that gradients are made by."""
+
 SWEEPS = 2
 """Of coordinate descent after GPTQ's last column, where llama.cpp's types begin."""
 
@@ -79,7 +84,9 @@ class SignRound(KernelMethod[SignRoundSpec]):
 
     def quantize_block(self, task: BlockTask, spec: SignRoundSpec) -> BlockResult:
         rate = spec.learning_rate or 1 / max(spec.steps, 1)
-        settings = TuningSettings(spec.steps, spec.batch_size, rate)
+        settings = TuningSettings(
+            spec.steps, spec.batch_size, rate, half_batches=round(HALF_BATCHES * spec.steps), gradients=GRADIENTS
+        )
         source = task if spec.quantized_inputs else replace(task, inputs=task.inputs_fp)
         starts = compensated(task) if spec.steps else {}
         weights = rounded_weights(task, search=spec.scale_search and spec.steps > 0, settings=settings, starts=starts)

@@ -37,6 +37,8 @@ from workers.numerics.backends.trial import triton_fault
 from workers.numerics.blocks.axis import BlockAxis
 from workers.numerics.clipping.factor_places import FactorPlaces
 from workers.numerics.clipping.state import ClippedState
+from workers.numerics.eight_bits import casts
+from workers.numerics.eight_bits.casts import EightBits
 from workers.numerics.quantized import BlockWeight
 
 log = structlog.get_logger(__name__)
@@ -210,6 +212,18 @@ class BlockKernels(Protocol):
     def take_rows(self, source: Tensor, index: Tensor) -> Tensor: ...
 
 
+class CastToEightBits(Protocol):
+    """A matrix in FP8; `workers.numerics.eight_bits.casts` describes it."""
+
+    def __call__(self, x: Tensor, *, lying: bool, turned: bool) -> EightBits: ...
+
+
+class EightBitKernels(Protocol):
+    """Triton's casts."""
+
+    def cast(self, x: Tensor, *, lying: bool, turned: bool) -> EightBits: ...
+
+
 class CompiledBlockKernels(BlockKernels, Protocol):
     """Triton's block kernels, which are compiled on first use or by these calls."""
 
@@ -334,6 +348,11 @@ def unpack_kernels(device: torch.device, dtype: torch.dtype) -> UnpackKernels | 
     return _unpack_kernels() if triton_serves(device, dtype) else None
 
 
+def cast_to_eight_bits(device: torch.device, dtype: torch.dtype) -> "CastToEightBits":
+    """Rounding of matrices of this dtype to FP8."""
+    return _cast_kernels().cast if triton_serves(device, dtype) else casts.cast
+
+
 @cache
 def compiled_block_kernels() -> CompiledBlockKernels:
     """Triton's block kernels on any device: in its interpreter they run on a CPU."""
@@ -422,6 +441,13 @@ def _scale_kernels() -> ScaleKernels:
 @cache
 def _unpack_kernels() -> UnpackKernels:
     from workers.numerics.backends import unpack_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _cast_kernels() -> EightBitKernels:
+    from workers.numerics.eight_bits import cast_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
 

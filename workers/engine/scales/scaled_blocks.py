@@ -22,7 +22,7 @@ from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.scales.families import Family, TunedWeight, changes, grouped, kind_of
 from workers.engine.scales.moving_codes import MovingCodes
 from workers.engine.scales.norms import Norms, tunable_norms
-from workers.engine.tune.gradient_linear import GradientLinear
+from workers.engine.tune.gradient_linear import GradientLinear, exact
 from workers.engine.tune.tuned_block import replace_linears
 from workers.numerics.floats.input_rounding import InputRounding
 
@@ -148,7 +148,7 @@ class GroupScales:
             return None
         family = self.families[place.family]
         receive = family.receiver(place.groups, self.gradient[place.overall])
-        return GradientLinear(family.value[place.groups].view(place.shape), bias, receive, rounding)
+        return GradientLinear(family.value[place.groups].view(place.shape), bias, exact(receive), rounding)
 
     def _place(self, names: Sequence[str]) -> Place | None:
         places = [self.places[name] for name in names if name in self.places]

@@ -1,7 +1,7 @@
 """A linear whose weight's gradient is handed over as soon as it can be computed, instead of being kept by autograd."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,28 +12,46 @@ Receive = Callable[[Tensor, Tensor], None]
 """Given dL/dy (tokens, out) and x (tokens, in), from which dL/dW = (dL/dy)^T x."""
 
 
+class Backward(Protocol):
+    """The backward pass of a linear: hands dL/dW over, and returns dL/dx (tokens, in) if it is asked for."""
+
+    def __call__(self, by_output: Tensor, x: Tensor, weight: Tensor, *, by_input: bool) -> Tensor | None:
+        """Of dL/dy (tokens, out), x (tokens, in) and W (out, in)."""
+        ...
+
+
+def exact(receive: Receive) -> Backward:
+    """The backward pass whose products are those of its factors; `receive` gets the factors of dL/dW."""
+
+    def backward(by_output: Tensor, x: Tensor, weight: Tensor, *, by_input: bool) -> Tensor | None:
+        receive(by_output, x)
+        return by_output @ weight if by_input else None
+
+    return backward
+
+
 class GradientLinear(nn.Module):
     """y = x W^T + b.
 
     weight    (out, in), a view of a flat buffer; requires a gradient, so that autograd comes this way
     bias      (out,), not trained
-    receive   called with the factors of the weight's gradient; the parameter itself gets none
+    backward  the backward pass, which hands over the weight's gradient; the parameter itself gets none
     rounding  of x before the product, which passes gradients straight through; dL/dW is that by the rounded x
     """
 
     def __init__(
-        self, weight: Tensor, bias: nn.Parameter | None, receive: Receive, rounding: InputRounding | None = None
+        self, weight: Tensor, bias: nn.Parameter | None, backward: Backward, rounding: InputRounding | None = None
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.bias = bias
-        self.receive = receive
+        self.backward = backward
         self.rounding = rounding
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rounding is not None:
             x = StraightThrough.apply(x, self.rounding)  # type: ignore[no-untyped-call]
-        y: Tensor = _Product.apply(x, self.weight, self.bias, self.receive)  # type: ignore[no-untyped-call]
+        y: Tensor = _Product.apply(x, self.weight, self.bias, self.backward)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -51,13 +69,13 @@ class StraightThrough(torch.autograd.Function):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, receive: Receive) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backward: Backward) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.receive = receive
+        ctx.pass_back = backward
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), grad = ctx.saved_tensors, gradients[0]
-        ctx.receive(grad.flatten(0, -2), x.flatten(0, -2))
-        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None
+        (x, weight), grad, by_input = ctx.saved_tensors, gradients[0], ctx.needs_input_grad[0]
+        by_x = ctx.pass_back(grad.flatten(0, -2), x.flatten(0, -2), weight, by_input=by_input)
+        return None if by_x is None else by_x.view_as(x), None, None, None

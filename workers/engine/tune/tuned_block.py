@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from workers.contracts.blocks import BlockTask, JoinsLinears
 from workers.contracts.experts import RoutedExperts, experts_of
-from workers.contracts.tuning import TrainableWeights
-from workers.engine.tune.gradient_linear import GradientLinear
+from workers.contracts.tuning import Gradients, TrainableWeights
+from workers.engine.tune.gradient_linear import Backward, GradientLinear, exact
 from workers.engine.tune.grouped_experts import GroupedExperts, Stack, bias_of, receiver
+from workers.numerics.eight_bits import backward as eight_bits
 from workers.numerics.floats.input_rounding import InputRounding
 from workers.numerics.product_dtype import product_dtype
 
@@ -117,16 +118,17 @@ class TunedBlock:
     flats: tuple[FlatWeights, ...]
     accumulation: Accumulation
     roundings: Mapping[str, InputRounding] = field(default_factory=dict)
+    gradients: Gradients = "exact"
 
     @classmethod
-    def of(cls, task: BlockTask, weights: Sequence[TrainableWeights]) -> "TunedBlock":
+    def of(cls, task: BlockTask, weights: Sequence[TrainableWeights], gradients: Gradients = "exact") -> "TunedBlock":
         """The block of a task. The copy shares no memory with it; tuned weights are left for the loop to write."""
         tuned = {name for group in weights for name in group.shapes}
         skipped: dict[int, Any] = {id(weight := task.linear(n).weight): nn.Parameter(weight[:0]) for n in tuned}
         module = copy.deepcopy(task.block, skipped).requires_grad_(False)
         module = module.to(product_dtype(task.device, task.inputs.dtype))
         flats = tuple(FlatWeights.like(task.linear(next(iter(group.shapes))).weight, group.shapes) for group in weights)
-        block = cls(module, flats, Accumulation(), own_roundings(task))
+        block = cls(module, flats, Accumulation(), own_roundings(task), gradients)
         biases = {name: block._biases(part) for name, part in experts_of(module).items()}
         replace_linears(module, tuned, block._linear)
         for name, part in experts_of(module).items():
@@ -196,7 +198,21 @@ class TunedBlock:
             else:
                 torch.mm(by_output.T, x, out=gradient)
 
-        return GradientLinear(weight, bias, receive, self.roundings.get(names[0]))
+        def in_eight_bits(by_output: Tensor, x: Tensor, weight: Tensor, *, by_input: bool) -> Tensor | None:
+            if len(x) % eight_bits.MULTIPLE:
+                return exact(receive)(by_output, x, weight, by_input=by_input)
+            trained = gradient if accumulation.starved.isdisjoint(names) else None
+            return eight_bits.backward(by_output, x, weight, trained, adds=accumulation.adds, by_input=by_input)
+
+        backward: Backward = in_eight_bits if self._in_eight_bits(weight) else exact(receive)
+        return GradientLinear(weight, bias, backward, self.roundings.get(names[0]))
+
+    def _in_eight_bits(self, weight: Tensor) -> bool:
+        """True if the backward products of a weight (out, in) are computed in FP8."""
+        rows, columns = weight.shape
+        if self.gradients == "quick":
+            return eight_bits.pays(weight.device, weight.dtype, (rows, columns))
+        return self.gradients == "eight_bits" and eight_bits.serves((rows, columns))
 
 
 def own_roundings(task: BlockTask) -> dict[str, InputRounding]:

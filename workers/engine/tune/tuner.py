@@ -117,7 +117,7 @@ class Tuner:
         run.start()
         for step in range(settings.steps):
             run.data.bring()
-            run.step()
+            (run.half_step if step < settings.half_batches else run.step)()
             if is_checked(step + 1, settings.steps):
                 run.check()
                 task.tick((step + 1) / settings.steps)
@@ -166,6 +166,7 @@ class _Run:
     initial: Number = math.nan
     bytes: int = 0
     step: Callable[[], None] = lambda: None
+    half_step: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
 
     @classmethod
@@ -182,7 +183,7 @@ class _Run:
         run = cls(
             task=task,
             shape=_shape(task, weights, settings, micro_batch),
-            block=TunedBlock.of(task, weights),
+            block=TunedBlock.of(task, weights, settings.gradients),
             kernels=block_kernels(data.inputs.device, data.inputs.dtype),
             processes=processes,
             weights=weights,
@@ -195,7 +196,8 @@ class _Run:
             best=torch.full((), math.inf, dtype=torch.float64, device=device),
             best_step=torch.zeros((), dtype=torch.int64, device=device),
         )
-        run.task, run.step, run.check = run._without_tensors(task), run._step, run._check
+        run.task = run._without_tensors(task)
+        run.step, run.half_step, run.check = run._step, run._half_step, run._check
         return run
 
     def adopt(self, task: BlockTask, weights: Sequence[TrainableWeights]) -> None:
@@ -219,13 +221,16 @@ class _Run:
         try:
             still = (self.rates, self.count)
             step = captured(self._gradients, self._sum_gradients, self._move, still, self.processes)
+            half_step = step
+            if self.settings.half_batches:
+                half_step = captured(self._half_gradients, self._sum_gradients, self._move, still, self.processes)
             check = captured(self._measure, self._sum_loss, self._choose, still, self.processes)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             log("capture_failed", block=self.task.index, reason=str(error)[:200])
         else:
-            self.step, self.check = step, check
+            self.step, self.half_step, self.check = step, half_step, check
         for weights in self.weights:
             weights.restart()  # a capture's steps move no parameter, but what an optimizer remembers
 
@@ -262,8 +267,20 @@ class _Run:
         self._sum_gradients()
         self._move()
 
+    def _half_step(self) -> None:
+        self._half_gradients()
+        self._sum_gradients()
+        self._move()
+
     def _gradients(self) -> None:
+        self._gradients_of(self.data.rows(self.count.view(1)))
+
+    def _half_gradients(self) -> None:
+        """Of the first half of the minibatch; a single sequence is its own half."""
         batch = self.data.rows(self.count.view(1))
+        self._gradients_of(batch[: max(1, len(batch) // 2)])
+
+    def _gradients_of(self, batch: Tensor) -> None:
         for number, rows in enumerate(torch.split(batch, self.micro_batch)):
             self.block.begin(adds=number > 0)
             self._add_gradients(rows, len(rows) / (len(batch) * self.processes.size))
