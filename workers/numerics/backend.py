@@ -38,7 +38,7 @@ from workers.numerics.blocks.axis import BlockAxis
 from workers.numerics.clipping.factor_places import FactorPlaces
 from workers.numerics.clipping.state import ClippedState
 from workers.numerics.eight_bits import casts
-from workers.numerics.eight_bits.casts import EightBits
+from workers.numerics.eight_bits.casts import Cast
 from workers.numerics.quantized import BlockWeight
 
 log = structlog.get_logger(__name__)
@@ -212,18 +212,6 @@ class BlockKernels(Protocol):
     def take_rows(self, source: Tensor, index: Tensor) -> Tensor: ...
 
 
-class CastToEightBits(Protocol):
-    """A matrix in FP8; `workers.numerics.eight_bits.casts` describes it."""
-
-    def __call__(self, x: Tensor, *, lying: bool, turned: bool) -> EightBits: ...
-
-
-class EightBitKernels(Protocol):
-    """Triton's casts."""
-
-    def cast(self, x: Tensor, *, lying: bool, turned: bool) -> EightBits: ...
-
-
 class CompiledBlockKernels(BlockKernels, Protocol):
     """Triton's block kernels, which are compiled on first use or by these calls."""
 
@@ -348,9 +336,9 @@ def unpack_kernels(device: torch.device, dtype: torch.dtype) -> UnpackKernels | 
     return _unpack_kernels() if triton_serves(device, dtype) else None
 
 
-def cast_to_eight_bits(device: torch.device, dtype: torch.dtype) -> "CastToEightBits":
+def cast_to_eight_bits(device: torch.device, dtype: torch.dtype) -> Cast:
     """Rounding of matrices of this dtype to FP8."""
-    return _cast_kernels().cast if triton_serves(device, dtype) else casts.cast
+    return _cast_kernel() if triton_serves(device, dtype) else casts.cast
 
 
 @cache
@@ -446,10 +434,10 @@ def _unpack_kernels() -> UnpackKernels:
 
 
 @cache
-def _cast_kernels() -> EightBitKernels:
-    from workers.numerics.eight_bits import cast_kernels as kernels  # noqa: PLC0415 - Triton
+def _cast_kernel() -> Cast:
+    from workers.numerics.eight_bits.cast_kernels import cast  # noqa: PLC0415 - Triton
 
-    return kernels
+    return cast
 
 
 @cache

@@ -7,6 +7,7 @@ numbers from m / 2^15 on the error is at most 1/16; those below m / 2^19 become 
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ class EightBits:
     lying: Tensor | None
     turned: Tensor | None
     scale: Tensor
+
+
+class Cast(Protocol):
+    """A matrix (rows, columns), contiguous, in FP8, as it lies, turned, or both."""
+
+    def __call__(self, x: Tensor, *, lying: bool, turned: bool) -> EightBits: ...
 
 
 def cast(x: Tensor, *, lying: bool, turned: bool) -> EightBits:
