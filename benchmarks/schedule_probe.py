@@ -9,6 +9,8 @@ case is STEPS/BATCH[/PART OF HALF BATCHES[/GRADIENTS]]. One JSON line a run; the
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -50,13 +52,23 @@ def measured(task: BlockTask, case: str) -> dict[str, float]:
     steps, batch, *rest = case.split("/")
     halves, gradients = float(rest[0]) if rest else 0.0, rest[1] if len(rest) > 1 else "exact"
     spec = SignRoundSpec(steps=int(steps), batch_size=int(batch))
-    with patch.multiple(sign_round, HALF_BATCHES=halves, GRADIENTS=gradients):
+    with scheduled(halves, gradients):
         if task.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         result = timed(task, spec)
     if task.device.type == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return result
+
+
+@contextmanager
+def scheduled(halves: float, gradients: str) -> Iterator[None]:
+    """SignRound with a part of its steps, from the first on, on half batches, and gradients of such products."""
+    with (
+        patch.object(sign_round, "GRADIENTS", gradients),
+        patch.object(SignRoundSpec, "half_batches", lambda spec: round(halves * spec.steps)),
+    ):
+        yield
 
 
 def with_correlated_inputs(task: BlockTask) -> BlockTask:

@@ -17,13 +17,12 @@ import time
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
-from unittest.mock import patch
 
 from benchmarks.cells import Cell
 from benchmarks.results import order
+from benchmarks.schedule_probe import scheduled
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
-from workers.methods import sign_round
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def measured(given: argparse.Namespace, case: str, bits: int, seed: int) -> dict
     given_order = order(Cell(case, bits, seed, asked), given)
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.multiple(sign_round, HALF_BATCHES=halves, GRADIENTS=gradients),
+        scheduled(halves, gradients),
     ):
         report = run(given_order, Path(folder) / "job", Reporter(lambda _: None)).report
         shutil.rmtree(Path(folder) / "job")

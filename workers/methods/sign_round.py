@@ -69,8 +69,6 @@ from workers.numerics.quantized import AffineWeight, BlockWeight, LinearResult, 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 """Limits of alpha and beta: a full range may only shrink, a searched one may also widen."""
 
-HALF_BATCHES = 0.0
-"""Part of the steps, from the first on, that read half of their batch."""
 GRADIENTS: Gradients = "exact"
 """Products that gradients are made by."""
 
@@ -85,7 +83,7 @@ class SignRound(KernelMethod[SignRoundSpec]):
     def quantize_block(self, task: BlockTask, spec: SignRoundSpec) -> BlockResult:
         rate = spec.learning_rate or 1 / max(spec.steps, 1)
         settings = TuningSettings(
-            spec.steps, spec.batch_size, rate, half_batches=round(HALF_BATCHES * spec.steps), gradients=GRADIENTS
+            spec.steps, spec.batch_size, rate, half_batches=spec.half_batches(), gradients=GRADIENTS
         )
         source = task if spec.quantized_inputs else replace(task, inputs=task.inputs_fp)
         starts = compensated(task) if spec.steps else {}

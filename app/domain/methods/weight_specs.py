@@ -157,8 +157,13 @@ class SignRoundSpec(NamedSchemeSpec):
     )
 
     def tuned_sequences(self, num_samples: int) -> int:
-        """A batch a step."""
-        return self.steps * min(self.batch_size, num_samples)
+        """A batch a step, or half of one."""
+        batch = min(self.batch_size, num_samples)
+        return (self.steps - self.half_batches()) * batch + self.half_batches() * max(1, batch // 2)
+
+    def half_batches(self) -> int:
+        """First steps that read half of their batch."""
+        return 0
 
     def end_to_end_steps(self) -> int:
         """The spec's `scale_steps`."""

@@ -23,10 +23,12 @@ def captured(
     after: Callable[[], None],
     still: tuple[Tensor, ...],
     processes: ProcessGroup,
+    pool: Any = None,
 ) -> Callable[[], None]:
     """The three one after another: one graph without the exchange for a world of one, else it runs between two.
 
     still   tensors that are 0 while the step is tried: rates, so that nothing moves, and counts
+    pool    memory that the graphs share with others, of which one alone runs at a time; nothing in it outlives a replay
 
     Raises:
         RuntimeError: something in a step cannot be captured.
@@ -38,8 +40,8 @@ def captured(
             before()
             after()
 
-        return capture(both, still)
-    first, second = capture(before, still), capture(after, still)
+        return capture(both, still, pool)
+    first, second = capture(before, still, pool), capture(after, still, pool)
 
     def replay() -> None:
         first()
@@ -49,7 +51,7 @@ def captured(
     return replay
 
 
-def capture(function: Callable[[], None], still: Iterable[Tensor]) -> Callable[[], None]:
+def capture(function: Callable[[], None], still: Iterable[Tensor], pool: Any = None) -> Callable[[], None]:
     """`function` as a replay of a CUDA graph; it runs a few times on the way, each time with `still` filled with 0.
 
     With rates of 0 nothing moves, and a count of 0 steps keeps within the batches, of which there may be only one.
@@ -62,7 +64,7 @@ def capture(function: Callable[[], None], still: Iterable[Tensor]) -> Callable[[
     warm_up(try_still)
     _clear(still)
     graph = torch.cuda.CUDAGraph()
-    with capturing(graph):
+    with capturing(graph, pool):
         function()
     return graph.replay
 

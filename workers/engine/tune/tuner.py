@@ -220,10 +220,11 @@ class _Run:
         self.data.start()
         try:
             still = (self.rates, self.count)
-            step = captured(self._gradients, self._sum_gradients, self._move, still, self.processes)
+            pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+            step = captured(self._gradients, self._sum_gradients, self._move, still, self.processes, pool)
             half_step = step
             if self.settings.half_batches:
-                half_step = captured(self._half_gradients, self._sum_gradients, self._move, still, self.processes)
+                half_step = captured(self._half_gradients, self._sum_gradients, self._move, still, self.processes, pool)
             check = captured(self._measure, self._sum_loss, self._choose, still, self.processes)
         except torch.OutOfMemoryError:
             raise
