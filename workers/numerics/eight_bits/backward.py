@@ -2,7 +2,7 @@
 
     D = dL/dW = (dL/dy)^T x  (out, in),    dL/dx = (dL/dy) W  (tokens, in)
 
-Both factors are rounded to E4M3 with one scale each (`workers.numerics.eight_bits.casts`) and summed in the quick way of
+Both factors are rounded to E4M3 with one scale each (`workers.numerics.eight_bits.casts`) and summed the quick way of
 the GPU. The forward product stays as it is: rounded, its error would be a part of the loss, an eighth of that of 4-bit
 weights, and weights would be tuned to it. An error of D does not move the loss; it can only turn signs. With g = dL/dy,
 
