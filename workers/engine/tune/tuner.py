@@ -220,7 +220,7 @@ class _Run:
         self.data.start()
         try:
             still = (self.rates, self.count)
-            pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+            pool = torch.cuda.graph_pool_handle()
             step = captured(self._gradients, self._sum_gradients, self._move, still, self.processes, pool)
             half_step = step
             if self.settings.half_batches:
