@@ -11,6 +11,7 @@ from fastapi import Depends, Header, Request
 from pydantic import SecretStr
 
 from app.api.event_feed import EventFeed
+from app.api.lists.written_jobs import WrittenJobs
 from app.api.metrics import Metrics
 from app.api.pages.log_ins import LogIns
 from app.api.submission.hub_child import HubChild, Looks
@@ -77,6 +78,10 @@ async def _queue(state: Annotated["State", Depends(get_state)]) -> Kept[Mapping[
     return state.queue
 
 
+async def _written_jobs(state: Annotated["State", Depends(get_state)]) -> WrittenJobs:
+    return state.written_jobs
+
+
 async def _log_ins(state: Annotated["State", Depends(get_state)]) -> LogIns:
     return state.log_ins
 
@@ -99,6 +104,7 @@ class State:
     hub: HubChild | None = None
     """None where models on the Hub are the workers' business alone."""
     log_ins: LogIns = field(default_factory=LogIns)
+    written_jobs: WrittenJobs = field(default_factory=WrittenJobs)
 
 
 StateOf = Annotated[State, Depends(get_state)]
@@ -110,6 +116,7 @@ LooksOf = Annotated[Looks | None, Depends(_hub)]
 HubOf = Annotated[HubChild | None, Depends(_hub)]
 InspectorOf = Annotated[Inspector, Depends(_inspector)]
 QueueOf = Annotated[Kept[Mapping[str, Place]], Depends(_queue)]
+WrittenJobsOf = Annotated[WrittenJobs, Depends(_written_jobs)]
 LogInsOf = Annotated[LogIns, Depends(_log_ins)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
 LaterOf = Annotated[WrittenLater, Depends(_later)]

@@ -7,7 +7,6 @@ import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 from pydantic import BaseModel, SecretStr
 from sqlalchemy.orm import Session
-from starlette.datastructures import QueryParams
 
 from app.api.auth import Reader, Submitter
 from app.api.deps import (
@@ -21,8 +20,11 @@ from app.api.deps import (
     QueueOf,
     SettingsOf,
     VaultOf,
+    WrittenJobsOf,
 )
 from app.api.http.documentation import problems, text_header
+from app.api.lists.labels import labels_of, labels_parameter
+from app.api.lists.written_jobs import page_json
 from app.api.metrics import Metrics
 from app.api.representations import job_view
 from app.api.submission.alternatives import near_by
@@ -51,7 +53,7 @@ from app.store.artifacts import ArtifactRepository
 from app.store.blobs import BlobStore
 from app.store.idempotency import Idempotency
 from app.store.ids import id_pattern
-from app.store.job_pages import JobFilters
+from app.store.job_pages import JobFilters, ListedJob
 from app.store.jobs import JobRepository
 from app.store.models import Job
 from app.store.session import Database
@@ -61,7 +63,6 @@ from app.store.tenancy.quotas import require_queue_room
 from app.store.uploads import UploadRepository
 from app.store.waiting import LONGEST_QUEUE, Place
 from app.store.workers import list_workers, live_classes
-from bitwright.errors import InvalidRequest
 from bitwright.job_states import DeviceClass, JobStatus
 from bitwright.views import Page
 from bitwright.whole_numbers import with_whole_numbers
@@ -70,9 +71,7 @@ router = APIRouter(tags=["jobs"])
 log = structlog.get_logger(__name__)
 
 POLL_AFTER_SECONDS = 2
-METADATA_PREFIX = "metadata."
-MAX_LABELS = 16
-LABEL_PATTERN = r"^metadata\..+$"
+LABELS = labels_parameter(r"^metadata\..+$", "metadata.commit=abc123", style="form")
 Cursor = Annotated[
     str | None, Query(description="`next_cursor` of the page before.", json_schema_extra={"pattern": id_pattern("job")})
 ]
@@ -269,7 +268,7 @@ def _answer_of(view: JobView, response: Response) -> Response:
     return _written(view, status_code=202, headers=headers)
 
 
-def _places(jobs: Sequence[Job], queue: Kept[Mapping[str, Place]]) -> Mapping[str, Place]:
+def _places(jobs: Sequence[Job] | Sequence[ListedJob], queue: Kept[Mapping[str, Place]]) -> Mapping[str, Place]:
     """Places of those that are queued and not held. A reader waits for the place of a job that has just come."""
     waiting = [job.id for job in jobs if job.status is JobStatus.QUEUED and not job.held]
     if not waiting:
@@ -286,25 +285,7 @@ def _places(jobs: Sequence[Job], queue: Kept[Mapping[str, Place]]) -> Mapping[st
     operation_id="list_jobs",
     response_model=Page[JobView],
     responses=problems(),
-    openapi_extra={
-        "parameters": [
-            {
-                "name": "metadata",
-                "in": "query",
-                "description": "Only jobs with these labels, e.g. `metadata.commit=abc123`; several must all match. "
-                "Each stands in the query as a parameter of its own.",
-                "required": False,
-                "schema": {
-                    "type": "object",
-                    "propertyNames": {"pattern": LABEL_PATTERN},
-                    "additionalProperties": {"type": "string"},
-                    "maxProperties": MAX_LABELS,
-                },
-                "style": "form",
-                "explode": True,
-            }
-        ]
-    },
+    openapi_extra=LABELS,
 )
 def list_jobs(
     *,
@@ -312,6 +293,7 @@ def list_jobs(
     principal: Reader,
     database: DatabaseOf,
     queue: QueueOf,
+    written: WrittenJobsOf,
     after: Cursor = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Jobs a page.")] = 50,
     status: Annotated[JobStatus | None, Query(description="Only jobs in this status.")] = None,
@@ -326,31 +308,20 @@ def list_jobs(
     """
     filters = JobFilters(status=status, method=method, model=model, labels=labels_of(request.query_params))
     with database.reading() as session:
-        page = JobRepository(session, principal.tenant_id).page(after=after, limit=limit, filters=filters)
+        repository = JobRepository(session, principal.tenant_id)
+        page = repository.listed(after=after, limit=limit, filters=filters)
+        texts = written.of(page.items)
+        others = [job.id for job in page.items if job.id not in texts]
+        if others:
+            texts |= written.write(page.items, repository.listed_jobs(others))
     places = _places(page.items, queue)
-    items = [job_view(job, place=places.get(job.id)) for job in page.items]
-    return _written(Page[JobView](items=items, next_cursor=page.next_cursor))
+    jobs = [(job.id, texts[job.id]) for job in page.items if job.id in texts]  # one may have been deleted meanwhile
+    return Response(page_json(jobs, places, page.next_cursor), media_type="application/json")
 
 
 def _written(view: BaseModel, **options: Any) -> Response:
     """An answer as pydantic writes it: the framework would check each field again, which takes as long as all else."""
     return Response(view.model_dump_json(by_alias=True), media_type="application/json", **options)
-
-
-def labels_of(query: QueryParams) -> dict[str, str]:
-    """The labels that a query filters by.
-
-    Raises:
-        InvalidRequest: more than a job can have.
-    """
-    labels = {
-        name.removeprefix(METADATA_PREFIX): value for name, value in query.items() if name.startswith(METADATA_PREFIX)
-    }
-    if len(labels) > MAX_LABELS:
-        detail = f"a list takes up to {MAX_LABELS} filters by label, as many as a job can have; this has {len(labels)}"
-        hint = f"leave {len(labels) - MAX_LABELS} of them out"
-        raise InvalidRequest(detail, field="query.metadata", value=len(labels), hint=hint)
-    return labels
 
 
 @router.get(

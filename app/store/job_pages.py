@@ -9,17 +9,47 @@ statement (`Database`) ends that.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, literal_column, select, tuple_, union
-from sqlalchemy.orm import InstrumentedAttribute, Session, aliased, defer
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    String,
+    Text,
+    cast,
+    func,
+    literal_column,
+    select,
+    tuple_,
+    type_coerce,
+    union,
+)
+from sqlalchemy.orm import Session, defer
 
-from app.store.models import MODEL_START, START_LENGTH, Job, JobLabel
+from app.store.models import MODEL_START, START_LENGTH, Job, JobLabel, table_of
 from bitwright.job_states import JobStatus
 
 FEW = 1000
 """A label that fewer jobs have is read in full before all else is looked up."""
 MANY = 10_000
 """A label that more jobs have is looked up where there is a column to begin with."""
+
+JOBS, LABELS = table_of(Job), table_of(JobLabel)
+JOB, LABEL = JOBS.c, LABELS.c
+STATE: Sequence[ColumnElement[Any]] = (
+    JOB.id,
+    type_coerce(JOB.status, String),
+    JOB.held,
+    JOB.last_event,
+    JOB.attempt,
+    JOB.cancel_requested,
+    JOB.updated_at,
+    JOB.started_at,
+    JOB.finished_at,
+    cast(JOB.progress, Text),
+    cast(JOB.error, Text),
+)
+"""All of a listed job that changes during its life, with its id; documents as the text that is stored."""
 
 Ids = Select[str]
 Conditions = list[ColumnElement[bool]]
@@ -46,9 +76,32 @@ class JobFilters:
         return [text for text in (self.method, self.model, *self.labels, *self.labels.values()) if text is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class ListedJob:
+    """A job of a page as far as it changes: with the same `state` it looks the same."""
+
+    id: str
+    status: str
+    held: bool
+    state: tuple[Any, ...]
+
+
+def newest_states(
+    session: Session, tenant_id: str, filters: JobFilters, after: str | None, limit: int
+) -> Sequence[ListedJob]:
+    """Up to `limit` jobs, newest first, that match every filter and are older than the job `after`."""
+    query = _matching(session, tenant_id, filters, after, limit)
+    return [ListedJob(row[0], row[1], row[2], row) for row in session.execute(query.with_only_columns(*STATE)).all()]
+
+
 def newest_jobs(session: Session, tenant_id: str, filters: JobFilters, after: str | None, limit: int) -> Sequence[Job]:
-    """Up to `limit` jobs, newest first, that match every filter and are older than the job `after`; without reports."""
+    """The same jobs with all that a list shows of them; without reports."""
     ids = session.scalars(_matching(session, tenant_id, filters, after, limit)).all()
+    return jobs_of(session, ids)
+
+
+def jobs_of(session: Session, ids: Sequence[str]) -> Sequence[Job]:
+    """Those of the jobs that are still there, newest first, without their reports."""
     page = select(Job).where(Job.id.in_(ids)).order_by(Job.id.desc())
     return session.scalars(page.options(defer(Job.report, raiseload=True))).all()
 
@@ -56,24 +109,29 @@ def newest_jobs(session: Session, tenant_id: str, filters: JobFilters, after: st
 def _matching(session: Session, tenant_id: str, filters: JobFilters, after: str | None, limit: int) -> Ids:
     """The query for the ids of a page."""
     branches = [
-        select(Job.id).where(Job.tenant_id == tenant_id, *_before(Job.id, after), *columns)
+        select(JOB.id).where(JOB.tenant_id == tenant_id, *_before(JOB.id, after), *columns)
         for columns in _indexed_columns(filters)
     ]
     if not filters.labels:
         return _newest(branches, limit)
     by_label = [
-        select(JobLabel.job_id).where(*_is_label(tenant_id, *label), *_before(JobLabel.job_id, after))
+        select(LABEL.job_id).where(*_is_label(tenant_id, *label), *_before(LABEL.job_id, after))
         for label in filters.labels.items()
     ]
     rarest, count = _rarest(session, by_label)
-    labelled = _has_labels(Job.id, tenant_id, filters)
+    labelled = _has_labels(JOB.id, tenant_id, filters)
     if count < FEW:
         some = session.scalars(rarest).all()
-        return select(Job.id).where(Job.id.in_(some), *_columns(filters), labelled).order_by(Job.id.desc()).limit(limit)
+        return select(JOB.id).where(JOB.id.in_(some), *_columns(filters), labelled).order_by(JOB.id.desc()).limit(limit)
     if filters.by_columns and count >= MANY:
         return _newest([branch.where(labelled) for branch in branches], limit)
-    others = _has_labels(JobLabel.job_id, tenant_id, filters)
-    return rarest.join(Job).where(*_columns(filters), others).order_by(JobLabel.job_id.desc()).limit(limit)
+    others = _has_labels(LABEL.job_id, tenant_id, filters)
+    return (
+        rarest.join(JOBS, JOB.id == LABEL.job_id)
+        .where(*_columns(filters), others)
+        .order_by(LABEL.job_id.desc())
+        .limit(limit)
+    )
 
 
 def _rarest(session: Session, by_label: Sequence[Ids]) -> tuple[Ids, int]:
@@ -95,15 +153,15 @@ def _indexed_columns(filters: JobFilters) -> list[Conditions]:
     statuses = [filters.status] if filters.status is not None else list(JobStatus)
     names: list[Conditions] = [[]]
     if filters.method is not None:
-        names = [[Job.method == filters.method], [Job.recipe == filters.method]]
-    return [[Job.status == status, *name, *_is_model(filters)] for status, name in product(statuses, names)]
+        names = [[JOB.method == filters.method], [JOB.recipe == filters.method]]
+    return [[JOB.status == status, *name, *_is_model(filters)] for status, name in product(statuses, names)]
 
 
 def _columns(filters: JobFilters) -> Conditions:
     """The same filters as one condition."""
-    conditions = [Job.status == filters.status] if filters.status is not None else []
+    conditions = [JOB.status == filters.status] if filters.status is not None else []
     if filters.method is not None:
-        conditions.append((Job.method == filters.method) | (Job.recipe == filters.method))
+        conditions.append((JOB.method == filters.method) | (JOB.recipe == filters.method))
     return [*conditions, *_is_model(filters)]
 
 
@@ -111,33 +169,34 @@ def _is_model(filters: JobFilters) -> Conditions:
     if filters.model is None:
         return []
     start: ColumnElement[str] = literal_column(MODEL_START)
-    return [start == filters.model[:START_LENGTH], Job.model == filters.model]
+    return [start == filters.model[:START_LENGTH], JOB.model == filters.model]
 
 
-def _has_labels(job_id: InstrumentedAttribute[str], tenant_id: str, filters: JobFilters) -> ColumnElement[bool]:
+def _has_labels(job_id: ColumnElement[str], tenant_id: str, filters: JobFilters) -> ColumnElement[bool]:
     """That a job has every label: counted among its own, which are sixteen at the most.
 
     One subquery, where one for each label would keep a planner busy for longer than the search takes.
     """
-    label = aliased(JobLabel)
-    mine = (label.job_id == job_id, label.tenant_id == tenant_id)
-    wanted = tuple_(label.name, label.value).in_(list(filters.labels.items()))
-    count = select(func.count()).select_from(label).where(*mine, wanted).correlate(Job, JobLabel).scalar_subquery()
+    label = LABELS.alias()
+    mine = (label.c.job_id == job_id, label.c.tenant_id == tenant_id)
+    wanted = tuple_(label.c.name, label.c.value).in_(list(filters.labels.items()))
+    count = select(func.count()).select_from(label).where(*mine, wanted).correlate(JOBS, LABELS).scalar_subquery()
     return count == len(filters.labels)
 
 
 def _is_label(tenant_id: str, name: str, value: str) -> Conditions:
-    return [JobLabel.tenant_id == tenant_id, JobLabel.name == name, JobLabel.value == value]
+    return [LABEL.tenant_id == tenant_id, LABEL.name == name, LABEL.value == value]
 
 
-def _before(job_id: InstrumentedAttribute[str], after: str | None) -> Conditions:
+def _before(job_id: ColumnElement[str], after: str | None) -> Conditions:
     return [job_id < after] if after is not None else []
 
 
 def _newest(branches: Sequence[Ids], limit: int) -> Ids:
     """The newest ids of all branches, each once."""
-    newest = [branch.order_by(Job.id.desc()).limit(limit) for branch in branches]
+    newest = [branch.order_by(JOB.id.desc()).limit(limit) for branch in branches]
     if len(newest) == 1:
         return newest[0]
     merged = union(*(select(branch.subquery().c.id) for branch in newest)).subquery()
-    return select(merged.c.id).order_by(merged.c.id.desc()).limit(limit)
+    first = select(merged.c.id).order_by(merged.c.id.desc()).limit(limit).subquery()
+    return select(JOB.id).join_from(first, JOBS, JOB.id == first.c.id).order_by(JOB.id.desc())

@@ -1,6 +1,6 @@
 """A tenant's jobs, as the API sees them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -14,13 +14,16 @@ from app.store.clock import now
 from app.store.hub.names import take_name
 from app.store.idempotency import Idempotency, find_key, made_by, take_key
 from app.store.ids import is_id, new_id, require_id
-from app.store.job_pages import JobFilters, newest_jobs
+from app.store.job_pages import JobFilters, ListedJob, jobs_of, newest_jobs, newest_states
 from app.store.models import Attempt, IdempotencyKey, Job, JobLabel, JobUpload, Upload, table_of
 from app.store.status import begin, enter, hold
 from bitwright.errors import Conflict, IllegalTransition, InvalidRequest, NotFound
 from bitwright.job_states import FINAL_STATUSES, JobStatus
 
 Item = TypeVar("Item")
+Listed = TypeVar("Listed", Job, ListedJob)
+Finding = Callable[[Session, str, JobFilters, str | None, int], Sequence[Listed]]
+"""Newest jobs of a tenant that match filters, behind a job, so many."""
 MAX_PAGE = 1000
 
 
@@ -101,17 +104,19 @@ class JobRepository:
         Raises:
             InvalidRequest: `after` is no cursor.
         """
-        if after is not None and not is_id("job", after):
-            raise InvalidRequest(
-                "the cursor is not one that a page gave", field="after", value=after, hint="start without one"
-            )
-        filters = filters or JobFilters()
-        if any("\0" in text for text in filters.texts):
-            return Page(items=[], next_cursor=None)  # no stored text holds NUL, and PostgreSQL refuses to compare it
-        limit = min(max(limit, 1), MAX_PAGE)
-        rows = newest_jobs(self._session, self._tenant_id, filters, after, limit + 1)
-        items = rows[:limit]
-        return Page(items=items, next_cursor=items[-1].id if len(rows) > limit else None)
+        return self._page(newest_jobs, after, limit, filters)
+
+    def listed(self, *, after: str | None, limit: int, filters: JobFilters | None = None) -> Page[ListedJob]:
+        """The same page, of each job only what changes during its life.
+
+        Raises:
+            InvalidRequest: `after` is no cursor.
+        """
+        return self._page(newest_states, after, limit, filters)
+
+    def listed_jobs(self, ids: Sequence[str]) -> Sequence[Job]:
+        """Those of a page's jobs in full that are still there, newest first, without their reports."""
+        return jobs_of(self._session, ids)
 
     def cancel(self, job_id: str) -> Job:
         """End a queued job at once; ask a running one's worker to end it.
@@ -197,6 +202,19 @@ class JobRepository:
         if not job.attempt:
             return ()
         return self._session.scalars(select(Attempt).where(Attempt.job_id == job.id).order_by(Attempt.number)).all()
+
+    def _page(self, find: Finding[Listed], after: str | None, limit: int, filters: JobFilters | None) -> Page[Listed]:
+        if after is not None and not is_id("job", after):
+            raise InvalidRequest(
+                "the cursor is not one that a page gave", field="after", value=after, hint="start without one"
+            )
+        filters = filters or JobFilters()
+        if any("\0" in text for text in filters.texts):
+            return Page(items=[], next_cursor=None)  # no stored text holds NUL, and PostgreSQL refuses to compare it
+        limit = min(max(limit, 1), MAX_PAGE)
+        rows = find(self._session, self._tenant_id, filters, after, limit + 1)
+        items = rows[:limit]
+        return Page(items=items, next_cursor=items[-1].id if len(rows) > limit else None)
 
     def _hold(self, job_id: str, *, held: bool) -> Job:
         job = self._locked(job_id)

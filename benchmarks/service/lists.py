@@ -59,8 +59,8 @@ def main() -> None:
         tenant = ensure_tenant(session, "tenant-0").id
         _, key = issue_key(session, tenant, name="lists", scopes=frozenset({Scope.READ}))
     database.close()
-    with running_api(arguments.url, tree=arguments.tree) as address:
-        print(json.dumps(measure(address, key, arguments.rounds)))
+    with running_api(arguments.url, tree=arguments.tree) as api:
+        print(json.dumps(measure(api.address, key, arguments.rounds)))
 
 
 def measure(address: str, key: str, rounds: int) -> dict[str, Any]:

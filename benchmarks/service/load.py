@@ -15,16 +15,17 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import httpx
+import psycopg
+from sqlalchemy import URL
 
-from app.domain.access import Scope
-from app.store.session import Database, migrate
-from app.store.tenancy.keys import ensure_tenant, issue_key
 from benchmarks.service.connections import connected
-from benchmarks.service.running import running_api
+from benchmarks.service.running import prepared, running_api
 from tests import servers
 
 JOB = {"model": "org/model", "method": "rtn", "bits": 4, "metadata": {"commit": "abc", "team": "x"}}
@@ -45,34 +46,43 @@ def main() -> None:
     with ExitStack() as stack:
         postgres = stack.enter_context(servers.postgres_server())
         trees = {"this": "", **({"other": arguments.tree} if arguments.tree else {})}
-        services = {name: _service(stack, postgres, tree, arguments.jobs) for name, tree in trees.items()}
+        services = {name: begin_service(stack, postgres, tree, arguments.jobs) for name, tree in trees.items()}
         rounds: list[dict[str, dict[str, Any]]] = []
         for number in range(arguments.rounds):
             order = list(services) if number % 2 == 0 else list(services)[::-1]
-            told = {name: asyncio.run(_measure(*services[name], arguments)) for name in order}
+            told = {name: asyncio.run(_measure(services[name], arguments)) for name in order}
             rounds.append(told)
             print(json.dumps({"round": number, **told}), flush=True)
         print(json.dumps(_summary(rounds)))
 
 
-def _service(stack: ExitStack, postgres: Any, tree: str, jobs: int) -> tuple[str, str]:
-    """Address and key of an API on a database of its own, which has its jobs."""
+@dataclass(frozen=True)
+class Service:
+    """An API with a key and jobs of its own; process ids of it and of the PostgreSQL behind it."""
+
+    address: str
+    key: str
+    pid: int
+    postgres: int
+
+
+def begin_service(stack: ExitStack, postgres: URL, tree: str, jobs: int) -> Service:
+    """An API on a database of its own, which has its version's schema and so many jobs."""
     url = servers.text(stack.enter_context(servers.postgres_database(postgres)))
-    migrate(url)
-    database = Database(url)
-    with database.transaction() as session:
-        tenant = ensure_tenant(session, "load").id
-        _, key = issue_key(session, tenant, name="load", scopes=frozenset({Scope.SUBMIT}))
-    database.close()
-    address = stack.enter_context(running_api(url, tree=tree))
-    with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, timeout=300) as client:
+    key = prepared(url, "load", tree=tree)
+    api = stack.enter_context(running_api(url, tree=tree))
+    with httpx.Client(base_url=api.address, headers={"Authorization": f"Bearer {key}"}, timeout=300) as client:
         for number in range(jobs):
             client.post("/v1/jobs", json={**JOB, "seed": number}).raise_for_status()
-    return address, key
+    with psycopg.connect(servers.libpq(postgres)) as connection:
+        folder = connection.execute("SHOW data_directory").fetchone()
+    assert folder is not None
+    pid = int((Path(folder[0]) / "postmaster.pid").read_text().split("\n")[0])
+    return Service(api.address, key, api.pid, pid)
 
 
-async def _measure(address: str, key: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    async with connected(address, key) as service:
+async def _measure(measured: Service, arguments: argparse.Namespace) -> dict[str, Any]:
+    async with connected(measured.address, measured.key) as service:
         _, page = await service.ask("GET", "/v1/jobs?limit=50")
         ids = [job["id"] for job in json.loads(page)["items"]]
         turn = iter(range(10**9))

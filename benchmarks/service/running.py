@@ -1,4 +1,4 @@
-"""`bitwright api` of this version or of another one, as a process beside the benchmark."""
+"""`bitwright api` of this version or of another one, as a process beside the benchmark, with a database of its own."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import httpx
 
@@ -15,11 +16,40 @@ from tests.servers import free_port
 START_SECONDS = 60.0
 BEFORE = ["-m", "uvicorn", "--factory", "app.api.main:create_app"]
 """Start of the API before there was `bitwright api`."""
+PREPARATION = """
+import sys
+from app.domain.access import Scope
+from app.store.session import Database, migrate
+try:
+    from app.store.tenancy.keys import ensure_tenant, issue_key
+except ImportError:
+    from app.store.keys import ensure_tenant, issue_key
+migrate(sys.argv[1])
+with Database(sys.argv[1]).transaction() as session:
+    tenant = ensure_tenant(session, sys.argv[2]).id
+    print(issue_key(session, tenant, name="load", scopes=frozenset({Scope.SUBMIT}))[1])
+"""
+"""Brings a database to the schema of the version that runs it, and prints a key of a tenant."""
+
+
+@dataclass(frozen=True)
+class RunningApi:
+    """An API that answers, and its process."""
+
+    address: str
+    pid: int
+
+
+def prepared(url: str, tenant: str, *, tree: str = "") -> str:
+    """A key of the tenant in a database that is brought to the version's own schema."""
+    command = [sys.executable, "-P", "-c", PREPARATION, url, tenant]
+    environment = {**os.environ, **({"PYTHONPATH": tree} if tree else {})}
+    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 @contextmanager
-def running_api(url: str, *, tree: str = "", broker_url: str = "", **settings: str) -> Iterator[str]:
-    """The API on a database; its address. `tree` is the folder of another version's source."""
+def running_api(url: str, *, tree: str = "", broker_url: str = "", **settings: str) -> Iterator[RunningApi]:
+    """The API on a database. `tree` is the folder of another version's source."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="bitwright-load-") as folder:
         values = {"DATABASE_URL": url, "DATA_DIR": folder, "PORT": str(port), "LOG_LEVEL": "WARNING", **settings}
@@ -33,7 +63,7 @@ def running_api(url: str, *, tree: str = "", broker_url: str = "", **settings: s
         process = subprocess.Popen([sys.executable, "-P", *command], env=environment, cwd=tree or None)
         try:
             _await_answer(process, f"http://127.0.0.1:{port}/livez")
-            yield f"http://127.0.0.1:{port}"
+            yield RunningApi(f"http://127.0.0.1:{port}", process.pid)
         finally:
             process.terminate()
             try:

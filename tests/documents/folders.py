@@ -36,6 +36,7 @@ FOLDERS = MappingProxyType(
         "app/inspection": "Looks at checkpoints for the API, in such children, one at a time for each tenant",
         "app/api": "FastAPI: one file per resource",
         "app/api/http": "What all routes share: errors, middleware, strict parameters, ranges and archives",
+        "app/api/lists": "Pages of jobs as JSON that is kept, and filters by labels",
         "app/api/pages": "The dashboard: sessions, pages from templates, the submit form",
         "app/api/submission": "Checks of a request before it is queued: sources, capacity, a look at the Hub",
         "app/api/hub": "Finished jobs for clients of a Hub: repositories, files, refusals as those clients read them",

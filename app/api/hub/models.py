@@ -24,7 +24,11 @@ router = APIRouter(tags=["hub"], route_class=HubRoute)
 PAGE = 1000
 """Entries of a tree in one answer, as of the public Hub."""
 NOTHING_THERE = problems("not_found")
+ENTRIES = {200: {"description": "Entries.", "headers": {"Link": text_header("The next page.")}}, **NOTHING_THERE}
 
+Recursive = Annotated[bool, Query(description="Files of folders, too.")]
+Limit = Annotated[int, Query(ge=1, le=PAGE, description="Entries in one answer.")]
+Cursor = Annotated[str | None, Query(description="Of the page before: its last path.")]
 WithSizes = Annotated[bool, Query(description="Whether files have their sizes and hashes.")]
 
 
@@ -106,7 +110,7 @@ def auth_check(namespace: str, repository: str, principal: Reader, database: Dat
     "/hub/api/models/{namespace}/{repository}/tree/{revision}",
     summary="Files of a job's repository",
     operation_id="hub_tree",
-    responses={200: {"description": "Entries.", "headers": {"Link": text_header("The next page.")}}, **NOTHING_THERE},
+    responses=ENTRIES,
 )
 def tree(
     *,
@@ -116,9 +120,9 @@ def tree(
     request: Request,
     principal: Reader,
     database: DatabaseOf,
-    recursive: Annotated[bool, Query(description="Files of folders, too.")] = False,
-    limit: Annotated[int, Query(ge=1, le=PAGE, description="Entries in one answer.")] = PAGE,
-    cursor: Annotated[str | None, Query(description="Of the page before: its last path.")] = None,
+    recursive: Recursive = False,
+    limit: Limit = PAGE,
+    cursor: Cursor = None,
 ) -> JSONResponse:
     """Files and folders by path, in pages: the header `Link` has the address of the next one."""
     return _tree(request, database, principal, (namespace, repository), (revision, ""), recursive, limit, cursor)
@@ -128,7 +132,7 @@ def tree(
     "/hub/api/models/{namespace}/{repository}/tree/{revision}/{folder:path}",
     summary="Files of a folder of a job's repository",
     operation_id="hub_tree_of_folder",
-    responses={200: {"description": "Entries.", "headers": {"Link": text_header("The next page.")}}, **NOTHING_THERE},
+    responses=ENTRIES,
 )
 def tree_of_folder(
     *,
@@ -139,9 +143,9 @@ def tree_of_folder(
     request: Request,
     principal: Reader,
     database: DatabaseOf,
-    recursive: Annotated[bool, Query(description="Files of folders, too.")] = False,
-    limit: Annotated[int, Query(ge=1, le=PAGE, description="Entries in one answer.")] = PAGE,
-    cursor: Annotated[str | None, Query(description="Of the page before: its last path.")] = None,
+    recursive: Recursive = False,
+    limit: Limit = PAGE,
+    cursor: Cursor = None,
 ) -> JSONResponse:
     """Files and folders in a folder by path, in pages."""
     return _tree(request, database, principal, (namespace, repository), (revision, folder), recursive, limit, cursor)

@@ -19,6 +19,7 @@ from app.api.deps import (
     VaultOf,
 )
 from app.api.jobs import INPUT_PROBLEMS, cancel_job, pause_job, resume_job, submit_job
+from app.api.lists.labels import labels_of, labels_parameter
 from app.api.openai.errors import openai_errors
 from app.api.openai.progress import LOGGED, checkpoints_of, event_view, result_name, sequence_of
 from app.api.openai.request import FineTuningRequest, in_openais_names, openais_name
@@ -45,7 +46,6 @@ from bitwright.job_states import JobStatus
 router = APIRouter(tags=["openai"])
 
 JOBS = "/v1/fine_tuning/jobs"
-MAX_LABELS = 16
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -66,24 +66,7 @@ REQUEST_BODY: dict[str, Any] = {
         },
     }
 }
-LABELS: dict[str, Any] = {
-    "parameters": [
-        {
-            "name": "metadata",
-            "in": "query",
-            "description": "Only jobs with these labels, e.g. `metadata[team]=search`; several must all match.",
-            "required": False,
-            "schema": {
-                "type": "object",
-                "propertyNames": {"pattern": "^[^\\[\\]&=]+$"},
-                "additionalProperties": {"type": "string"},
-                "maxProperties": MAX_LABELS,
-            },
-            "style": "deepObject",
-            "explode": True,
-        }
-    ]
-}
+LABELS = labels_parameter(r"^[^\[\]&=]+$", "metadata[team]=search", style="deepObject")
 Limit = Annotated[int, Query(ge=1, le=200, description="Items a page.")]
 
 
@@ -170,18 +153,7 @@ def list_fine_tuning_jobs(
     limit: Limit = 20,
 ) -> ListView[FineTuningJobView]:
     """Jobs that came through this interface, newest first."""
-    labels = {
-        name.removeprefix("metadata[").removesuffix("]"): value
-        for name, value in request.query_params.items()
-        if name.startswith("metadata[")
-    }
-    if len(labels) > MAX_LABELS:
-        raise InvalidRequest(
-            f"a list takes up to {MAX_LABELS} labels",
-            field="query.metadata",
-            value=len(labels),
-            hint=f"leave all but {MAX_LABELS} of them out",
-        )
+    labels = labels_of(request.query_params, "metadata[", "]")
     with database.reading() as session:
         page = FineTuningRepository(session, principal.tenant_id).page(after=after, limit=limit, labels=labels)
         items = [job_view(found) for found in page.items]

@@ -1,0 +1,1 @@
+"""Lists: jobs as pages of JSON, and filters by labels."""
