@@ -3,7 +3,7 @@
 Coroutines, because a plain function would take a thread for each of them, of which there are few.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -22,6 +22,7 @@ from app.inspection.inspector import Inspector
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.idempotency import KEY_SHAPE
+from app.store.models import Worker
 from app.store.session import Database
 from app.store.tenancy.hub_tokens import Vault
 from app.store.waiting import Place
@@ -101,6 +102,8 @@ class State:
     inspector: Inspector
     queue: Kept[Mapping[str, Place]]
     """Places of the queued jobs, by their ids."""
+    workers: Kept[Sequence[Worker]]
+    """The live workers."""
     hub: HubChild | None = None
     """None where models on the Hub are the workers' business alone."""
     log_ins: LogIns = field(default_factory=LogIns)

@@ -1,39 +1,35 @@
 """Jobs: submit, look, cancel, pause, resume, retry, delete."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
 from app.api.auth import Reader, Submitter
 from app.api.deps import (
-    BlobsOf,
     DatabaseOf,
     HubTokenHeader,
-    IdempotencyHeader,
-    InspectorOf,
-    LooksOf,
-    MetricsOf,
+    KeysOf,
     QueueOf,
     SettingsOf,
+    State,
     VaultOf,
     WrittenJobsOf,
 )
 from app.api.http.documentation import problems, text_header
 from app.api.lists.labels import labels_of, labels_parameter
 from app.api.lists.written_jobs import page_json
-from app.api.metrics import Metrics
-from app.api.representations import job_view
+from app.api.representations import job_view, understand
 from app.api.submission.alternatives import near_by
 from app.api.submission.base_jobs import find_base_job
-from app.api.submission.capacity import capacity_warnings, require_capacity
-from app.api.submission.hub_child import Looks
+from app.api.submission.call import Call, CallOf
+from app.api.submission.capacity import capacity_warnings, workers_for, workers_now
 from app.api.submission.job_examples import REQUEST_BODY
 from app.api.submission.kept import Kept
-from app.api.submission.preflight import find_sources, judge_model, look_at_hub
+from app.api.submission.preflight import Preflight, find_sources, judge_model, look_at_hub
 from app.api.tenancy.admission import NO_ROOM, actor, require_allowed
 from app.api.tenancy.queueing import (
     estimated_cost,
@@ -42,27 +38,24 @@ from app.api.tenancy.queueing import (
     require_hub,
 )
 from app.api.views import JobView, PreflightView
-from app.domain.access import Principal
 from app.domain.request.asked_recipe import asked_recipe
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import LocalModel
-from app.inspection.inspector import Inspector
 from app.queue import notify_workers
 from app.settings import Settings
 from app.store.artifacts import ArtifactRepository
-from app.store.blobs import BlobStore
 from app.store.idempotency import Idempotency
 from app.store.ids import id_pattern
 from app.store.job_pages import JobFilters, ListedJob
 from app.store.jobs import JobRepository
-from app.store.models import Job
+from app.store.models import Job, Worker
 from app.store.session import Database
 from app.store.tenancy.audit import record
-from app.store.tenancy.hub_tokens import TOKEN_FIELD, Vault, checked_token, keep_token
+from app.store.tenancy.hub_tokens import TOKEN_FIELD, checked_token, keep_token
 from app.store.tenancy.quotas import require_queue_room
 from app.store.uploads import UploadRepository
 from app.store.waiting import LONGEST_QUEUE, Place
-from app.store.workers import list_workers, live_classes
+from app.store.workers import live_classes
 from bitwright.job_states import DeviceClass, JobStatus
 from bitwright.views import Page
 from bitwright.whole_numbers import with_whole_numbers
@@ -114,23 +107,9 @@ ACCEPTED = {
     },
 )
 def create_job(
-    *,
     body: Annotated[Any, Body()],
-    response: Response,
-    background: BackgroundTasks,
-    principal: Submitter,
-    settings: SettingsOf,
-    database: DatabaseOf,
-    blobs: BlobsOf,
-    metrics: MetricsOf,
-    hub: LooksOf,
-    queue: QueueOf,
-    inspector: InspectorOf,
-    vault: VaultOf,
-    http: Request,
-    hub_token: HubTokenHeader = None,
+    call: CallOf,
     dry_run: Annotated[bool, Query(description="Check, expand and estimate; store nothing.")] = False,
-    idempotency_key: IdempotencyHeader = None,
 ) -> Any:
     """Queue a job from its shorthand or its full form. All problems of a request are reported at once.
 
@@ -140,126 +119,109 @@ def create_job(
 
     With `base_job`, or a job's id as `model`, finetuning starts from that job's result instead of quantizing.
     """
-    made = submit_job(
-        body=body,
-        response=response,
-        background=background,
-        principal=principal,
-        settings=settings,
-        database=database,
-        blobs=blobs,
-        metrics=metrics,
-        hub=hub,
-        queue=queue,
-        inspector=inspector,
-        vault=vault,
-        http=http,
-        hub_token=hub_token,
-        dry_run=dry_run,
-        idempotency_key=idempotency_key,
-    )
-    return made if isinstance(made, Response) else _answer_of(made, response)
+    made = submit_job(body, call, dry_run=dry_run)
+    return made if isinstance(made, Response) else _answer_of(made, call.response)
 
 
 def submit_job(
-    *,
-    body: Any,
-    response: Response,
-    background: BackgroundTasks,
-    principal: Principal,
-    settings: Settings,
-    database: Database,
-    blobs: BlobStore,
-    metrics: Metrics,
-    hub: Looks | None,
-    queue: Kept[Mapping[str, Place]],
-    inspector: Inspector,
-    vault: Vault,
-    http: Request,
-    hub_token: SecretStr | None = None,
-    dry_run: bool = False,
-    idempotency_key: str | None = None,
-    then: Callable[[Session, Job], None] | None = None,
+    body: Any, call: Call, *, dry_run: bool = False, then: Callable[[Session, Job], None] | None = None
 ) -> Any:
     """The answer to a submission; see `create_job`.
 
     then   done with a new job in the transaction that queues it
     """
+    state, principal = call.state, call.principal
+    database, queue, key = state.database, state.queue, call.idempotency_key
     body = with_whole_numbers(body)
     with database.reading() as session:
         tenant = (session, principal.tenant_id)
         jobs = JobRepository(*tenant)
-        replayed = None if idempotency_key is None or dry_run else jobs.made_by(idempotency_key)
-        base_job = find_base_job(body, jobs, ArtifactRepository(*tenant), blobs, replayed)
+        replayed = None if key is None or dry_run else jobs.made_by(key)
+        base_job = find_base_job(body, jobs, ArtifactRepository(*tenant), state.blobs, replayed)
     request = JobRequest.parse(body, base_job)
-    idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
-    token = None if hub_token is None else checked_token(hub_token)
-    with database.reading() as session:
-        if idempotency is not None and not dry_run:
+    idempotency = None if key is None else Idempotency.of(key, request)
+    token = None if call.hub_token is None else checked_token(call.hub_token)
+    if idempotency is not None and not dry_run:
+        with database.reading() as session:
             # Before anything is looked at: the model may be gone by now, and the job is there all the same.
             replayed_job = JobRepository(session, principal.tenant_id).find_replayed(idempotency)
-            if replayed_job is not None:
-                return accepted(replayed_job, response, queue)
-        policy, settings = policy_and_settings(session, principal, settings)
-        if not isinstance(request.model, LocalModel):  # of a local one the real path counts
-            require_allowed(policy, request)
-        hub = None if policy.own_token or token is not None else hub  # which looks with the service's token
+        if replayed_job is not None:
+            return accepted(replayed_job, call.response, queue)
+    policy, settings = policy_and_settings(state.keys, principal, state.settings)
+    if not isinstance(request.model, LocalModel):  # of a local one the real path counts
+        require_allowed(policy, request)
     require_hub(settings, request.publish)
-    seen = look_at_hub(request, hub)
+    # Not for a tenant with a token of its own: this looks with the service's.
+    seen = look_at_hub(request, None if policy.own_token or token is not None else call.hub)
     with database.reading() as session:
-        preflight, model = find_sources(request, settings, UploadRepository(session, principal.tenant_id), blobs)
+        preflight, model = find_sources(request, settings, UploadRepository(session, principal.tenant_id), state.blobs)
         require_allowed(policy, preflight.request)
-    judge_model(preflight, model, inspector, principal.tenant_id, seen)
-    with database.reading() as session:
-        alive = [state.worker for state in list_workers(session)]
-        require_capacity(preflight.request, preflight.estimates, alive)
-        if dry_run:
-            preflight.warnings += capacity_warnings(preflight.request, preflight.estimates, alive)
+    judge_model(preflight, model, state.inspector, principal.tenant_id, seen)
+    alive = workers_for(preflight.request, preflight.estimates, state.workers)
     if dry_run:
-        others = near_by(database, principal.tenant_id, preflight)
-        view = PreflightView(
-            request=preflight.request,
-            estimates=preflight.estimates,
-            warnings=preflight.warnings,
-            not_checked=preflight.not_checked,
-            cost=estimated_cost(preflight.estimates, settings),
-            alternatives=others,
-        )
-        return Response(view.model_dump_json(), media_type="application/json")
+        return _checked(call, preflight, settings)
     with database.transaction() as session:
         job = queue_job(
             session,
-            http,
+            call.http,
             principal,
             policy,
             preflight.request,
             recipe=asked_recipe(body, preflight.request),
             idempotency=idempotency,
-            vault=vault,
+            vault=state.vault,
             token=token,
         )
         if then is not None and not job.replayed:
             then(session, job)
     queue.forget()
-    view_of_job = accepted(job, response, queue)
     if not job.replayed:
-        view_of_job = view_of_job.model_copy(update={"not_checked": preflight.not_checked})
-        metrics.submitted.labels(job.method).inc()
-        log.info("job_queued", job_id=job.id, method=job.method, device=job.device)
+        understand(job, preflight.request)
+        _tell_of_new(call, job, alive)
+    return accepted(job, call.response, queue, None if job.replayed else preflight.not_checked)
+
+
+def _checked(call: Call, preflight: Preflight, settings: Settings) -> Response:
+    """The answer to a dry run."""
+    alive = workers_now(call.state.workers)
+    warnings = preflight.warnings + capacity_warnings(preflight.request, preflight.estimates, alive)
+    view = PreflightView(
+        request=preflight.request,
+        estimates=preflight.estimates,
+        warnings=warnings,
+        not_checked=preflight.not_checked,
+        cost=estimated_cost(preflight.estimates, settings),
+        alternatives=near_by(call.state.database, call.principal.tenant_id, preflight),
+    )
+    return Response(view.model_dump_json(), media_type="application/json")
+
+
+def _tell_of_new(call: Call, job: Job, alive: Sequence[Worker]) -> None:
+    """Count a job that was queued, note it in the log, and notify workers."""
+    call.state.metrics.submitted.labels(job.method).inc()
+    log.info("job_queued", job_id=job.id, method=job.method, device=job.device)
+    if call.state.settings.broker_url:
         # After the commit, and after the answer: a broker that is down keeps no caller waiting.
-        alive_classes = frozenset(DeviceClass(worker.device_class) for worker in alive)
-        if settings.broker_url:
-            background.add_task(notify_workers, job.device, alive_classes)
-    return view_of_job
+        call.background.add_task(_notify, call.state, job.device, alive)
 
 
-def accepted(job: Job, response: Response, queue: Kept[Mapping[str, Place]]) -> JobView:
+def _notify(state: State, device: str, alive: Sequence[Worker]) -> None:
+    if not alive:  # a moment ago
+        alive = workers_now(state.workers)
+    notify_workers(device, frozenset(DeviceClass(worker.device_class) for worker in alive))
+
+
+def accepted(
+    job: Job, response: Response, queue: Kept[Mapping[str, Place]], not_checked: Literal["hub"] | None = None
+) -> JobView:
+    """The view of a job that was queued, whose headers go into `response`."""
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     response.headers["Retry-After"] = str(POLL_AFTER_SECONDS)
     if job.replayed:
         response.headers["Idempotency-Replayed"] = "true"
     # Whoever submits by the hundred waits for no place.
-    return job_view(job, [], queue().get(job.id) if job.status is JobStatus.QUEUED else None)
+    place = queue().get(job.id) if job.status is JobStatus.QUEUED else None
+    return job_view(job, [], place, not_checked=not_checked)
 
 
 def _answer_of(view: JobView, response: Response) -> Response:
@@ -270,13 +232,14 @@ def _answer_of(view: JobView, response: Response) -> Response:
 
 def _places(jobs: Sequence[Job] | Sequence[ListedJob], queue: Kept[Mapping[str, Place]]) -> Mapping[str, Place]:
     """Places of those that are queued and not held. A reader waits for the place of a job that has just come."""
-    waiting = [job.id for job in jobs if job.status is JobStatus.QUEUED and not job.held]
+    waiting = [job.id for job in jobs if job.status == JobStatus.QUEUED and not job.held]
     if not waiting:
         return {}
     places = queue()
-    if len(places) >= LONGEST_QUEUE or all(job_id in places for job_id in waiting):
-        return places  # behind so many a job has none, however long one waits
-    return queue(wait=True)
+    # Behind so many a job has no place, however long one waits.
+    if len(places) < LONGEST_QUEUE and not all(job_id in places for job_id in waiting):
+        places = queue(wait=True)
+    return {job_id: places[job_id] for job_id in waiting if job_id in places}  # another one may have begun since
 
 
 @router.get(
@@ -439,6 +402,7 @@ def retry_job(
     database: DatabaseOf,
     vault: VaultOf,
     queue: QueueOf,
+    known: KeysOf,
     background: BackgroundTasks,
     hub_token: HubTokenHeader = None,
 ) -> JobView:
@@ -447,10 +411,10 @@ def retry_job(
     The job's own Hub token was erased at its end: send it again if the model is still to be fetched.
     """
     token = None if hub_token is None else checked_token(hub_token)
+    policy, _ = policy_and_settings(known, principal, settings)
     with database.transaction() as session:
         job = JobRepository(session, principal.tenant_id).retry(job_id)
         # Behind the retry, which tells whether there is such a job; a refusal takes it back.
-        policy, _ = policy_and_settings(session, principal, settings)
         require_queue_room(session, principal.tenant_id, policy.quotas, queued=1)
         if token is not None:
             keep_token(session, vault, token, tenant_id=principal.tenant_id, job_id=job_id, field=TOKEN_FIELD)

@@ -40,10 +40,13 @@ from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.events import StoredEvent, events_after
 from app.store.jobs import count_by_status
+from app.store.models import Worker
 from app.store.session import REQUESTS, Database
 from app.store.tenancy.hub_tokens import Vault
 from app.store.tenancy.keys import authenticate, good_keys
+from app.store.tenancy.tenants import Policy, policy_of
 from app.store.waiting import Place, places
+from app.store.workers import list_workers
 
 OPENAI_MODULES = (openai_files, fine_tuning)
 MODULES = (
@@ -53,6 +56,8 @@ MODULES = (
 )
 QUEUE_SECONDS = 1.0
 """Places of queued jobs are so old at the most; of what this process itself has queued or cancelled, new."""
+WORKERS_SECONDS = 1.0
+"""A job is held against workers that were alive so long ago at the most; one that is refused, against those of now."""
 HUB_MODULES = (hub_models, hub_files, publishing)
 ADMIN_MODULES = (tenants, keys, usage, audit)
 ROUTERS = tuple(module.router for module in (*MODULES, *HUB_MODULES, *ADMIN_MODULES))
@@ -106,6 +111,14 @@ def build_state(settings: Settings) -> State:
         with database.reading() as session:
             return places(session)
 
+    def read_workers() -> Sequence[Worker]:
+        with database.reading() as session:
+            return [state.worker for state in list_workers(session)]
+
+    def find_policy(tenant_id: str) -> Policy:
+        with database.reading() as session:
+            return policy_of(session, tenant_id, settings.tenant_quotas)
+
     def keys_that_are_good(key_ids: Set[str]) -> Set[str]:
         with database.reading() as session:
             return good_keys(session, key_ids)
@@ -129,11 +142,12 @@ def build_state(settings: Settings) -> State:
         blobs=open_blobs(settings.blob_url),
         feed=feed,
         metrics=metrics,
-        keys=KnownKeys(find_key),
+        keys=KnownKeys(find_key, find_policy),
         later=WrittenLater(database),
         vault=Vault(settings.token_keys),
         inspector=inspector_of_process(),
         queue=Kept(read_queue, QUEUE_SECONDS),
+        workers=Kept(read_workers, WORKERS_SECONDS),
         hub=HubChild(settings) if settings.looks_at_hub else None,
     )
 

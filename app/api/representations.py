@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import structlog
 from pydantic import BaseModel, ValidationError
@@ -32,7 +32,13 @@ _REQUESTS: dict[str, "_Understood"] = {}
 log = structlog.get_logger(__name__)
 
 
-def job_view(job: Job, attempts: Sequence[Attempt] | None = None, place: Place | None = None) -> JobView:
+def job_view(
+    job: Job,
+    attempts: Sequence[Attempt] | None = None,
+    place: Place | None = None,
+    *,
+    not_checked: Literal["hub"] | None = None,
+) -> JobView:
     """A job; `attempts` is None in lists, where the report is left out too: it has a line for every linear.
 
     place   of a queued job, where it stands
@@ -61,6 +67,7 @@ def job_view(job: Job, attempts: Sequence[Attempt] | None = None, place: Place |
         updated_at=job.updated_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
+        not_checked=not_checked,
     )
     return view.with_written(job.request if understood is None else understood.written)
 
@@ -87,6 +94,11 @@ class _Understood:
     written: JsonObject
 
 
+def understand(job: Job, request: JobRequest) -> None:
+    """Keep what a job's stored request stands for, as whoever has just stored it knows."""
+    _keep(job.id, _Understood(job.request, request, job.request))
+
+
 def _understood_request(job_id: str, stored: JsonObject) -> _Understood | None:
     """A job's request, kept for the next look: to check one again takes longer than all else of a list."""
     kept = _REQUESTS.get(job_id)
@@ -96,11 +108,15 @@ def _understood_request(job_id: str, stored: JsonObject) -> _Understood | None:
     if request is None:
         return None
     understood = _Understood(stored, request, request.model_dump(mode="json"))
-    if len(json.dumps(stored)) <= KEPT_SIZE:
+    _keep(job_id, understood)
+    return understood
+
+
+def _keep(job_id: str, understood: _Understood) -> None:
+    if len(json.dumps(understood.stored)) <= KEPT_SIZE:
         if len(_REQUESTS) >= KEPT_REQUESTS:
             _REQUESTS.clear()
         _REQUESTS[job_id] = understood
-    return understood
 
 
 def _understood(kind: type[Part], stored: JsonObject | None, job_id: str) -> Part | None:

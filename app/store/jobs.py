@@ -11,11 +11,12 @@ from app.domain.request.job_request import JobRequest
 from app.domain.request.source_walk import read_uploads
 from app.domain.request.sources import LocalModel, ModelSource
 from app.store.clock import now
+from app.store.first_rows import Row
 from app.store.hub.names import take_name
 from app.store.idempotency import Idempotency, find_key, made_by, take_key
 from app.store.ids import is_id, new_id, require_id
 from app.store.job_pages import JobFilters, ListedJob, jobs_of, newest_jobs, newest_states
-from app.store.models import Attempt, IdempotencyKey, Job, JobLabel, JobUpload, Upload, table_of
+from app.store.models import Attempt, IdempotencyKey, Job, JobUpload, Upload, table_of
 from app.store.status import begin, enter, hold
 from bitwright.errors import Conflict, IllegalTransition, InvalidRequest, NotFound
 from bitwright.job_states import FINAL_STATUSES, JobStatus
@@ -24,6 +25,8 @@ Item = TypeVar("Item")
 Listed = TypeVar("Listed", Job, ListedJob)
 Finding = Callable[[Session, str, JobFilters, str | None, int], Sequence[Listed]]
 """Newest jobs of a tenant that match filters, behind a job, so many."""
+Noted = Callable[[str], Row]
+"""Row of the audit log about the job of an id."""
 MAX_PAGE = 1000
 
 
@@ -42,8 +45,17 @@ class JobRepository:
         self._session = session
         self._tenant_id = tenant_id
 
-    def add(self, request: JobRequest, *, recipe: str | None = None, idempotency: Idempotency | None = None) -> Job:
+    def add(
+        self,
+        request: JobRequest,
+        *,
+        recipe: str | None = None,
+        idempotency: Idempotency | None = None,
+        noted: Noted | None = None,
+    ) -> Job:
         """Queue a job, asked for by this recipe. For a repeated key, the earlier job with `replayed` set.
+
+        noted   the entry of the audit log for a new job's id
 
         Raises:
             InvalidRequest: an upload that the request names does not exist or is not complete.
@@ -58,16 +70,14 @@ class JobRepository:
                 earlier.replayed = True
                 return earlier
         uploads = self._uploads(request)
-        job = _queued(job_id, self._tenant_id, request, recipe)
-        begin(self._session, job)
-        ours = {"job_id": job_id, "tenant_id": self._tenant_id}
-        if request.metadata:
-            labels = [{**ours, "name": name, "value": value} for name, value in request.metadata.items()]
-            self._session.execute(insert(table_of(JobLabel)).values(labels))
+        labels = [{"name": name, "value": value} for name, value in request.metadata.items()]
+        row = _row(job_id, self._tenant_id, request, recipe)
+        job = begin(self._session, row, labels=labels, entry=None if noted is None else noted(job_id))
         if request.name is not None:
             take_name(self._session, self._tenant_id, job_id, request.name)
         for upload_id in uploads:
-            self._session.execute(insert(table_of(JobUpload)).values(**ours, upload_id=upload_id))
+            reads = {"job_id": job_id, "tenant_id": self._tenant_id, "upload_id": upload_id}
+            self._session.execute(insert(table_of(JobUpload)), reads)
         return job
 
     def find_replayed(self, idempotency: Idempotency) -> Job | None:
@@ -258,17 +268,17 @@ def count_by_status(session: Session) -> dict[JobStatus, int]:
     return dict.fromkeys(JobStatus, 0) | {row[0]: row[1] for row in rows}
 
 
-def _queued(job_id: str, tenant_id: str, request: JobRequest, recipe: str | None) -> Job:
-    return Job(
-        id=job_id,
-        tenant_id=tenant_id,
-        request=request.model_dump(mode="json"),
-        method=request.quantization.method,
-        recipe=recipe,
-        model=model_label(request.model),
-        device=request.device,
-        priority=request.priority,
-    )
+def _row(job_id: str, tenant_id: str, request: JobRequest, recipe: str | None) -> Row:
+    return {
+        "id": job_id,
+        "tenant_id": tenant_id,
+        "request": request.model_dump(mode="json"),
+        "method": request.quantization.method,
+        "recipe": recipe,
+        "model": model_label(request.model),
+        "device": request.device,
+        "priority": request.priority,
+    }
 
 
 def model_label(source: ModelSource) -> str:

@@ -1,6 +1,6 @@
 """The one place that writes a job's status: checked against TRANSITIONS, recorded as an event, in one transaction."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, insert, select, update
@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from app.domain.job_states import TRANSITIONS
 from app.store.clock import now
 from app.store.documents import document
+from app.store.first_rows import DEFAULTS, FirstRows, Row, store_first_rows
 from app.store.hub.publications import begin_if_asked
 from app.store.models import Event, Job, table_of
 from app.store.tenancy.hub_tokens import erase_token
@@ -32,13 +33,21 @@ class Entered:
     attempt: int
 
 
-def begin(session: Session, job: Job) -> None:
-    """Store a new job, queued, with its first event."""
-    job.status, job.last_event, job.attempt = JobStatus.QUEUED, 1, 0
-    session.add(job)
-    session.flush()
-    _tell(session, job.id, job.tenant_id, sequence=1, event=StatusEvent(status=job.status, attempt=0))
-    tell_of_job(session, job.tenant_id, job.id, job.status.value, attempt=0)
+def begin(session: Session, row: Row, *, labels: Sequence[Row] = (), entry: Row | None = None) -> Job:
+    """Store a new job, queued, with its first event, its labels and an entry of the audit log.
+
+    row   columns that have no default
+
+    The object is none of the session's: another query gives the same job as one that is.
+    """
+    job = {**DEFAULTS, **row, "status": JobStatus.QUEUED, "last_event": 1, "attempt": 0}
+    owner = {"job_id": row["id"], "tenant_id": row["tenant_id"]}
+    told = document(StatusEvent(status=JobStatus.QUEUED, attempt=0))
+    event = {**owner, "sequence": 1, "attempt": 0, "data": told}
+    stored = store_first_rows(session, FirstRows(job, event, [{**owner, **label} for label in labels], entry))
+    if stored.has_webhooks:
+        tell_of_job(session, row["tenant_id"], row["id"], JobStatus.QUEUED.value, attempt=0)
+    return Job(**job, created_at=stored.at, available_at=stored.at, updated_at=stored.at)
 
 
 def enter(

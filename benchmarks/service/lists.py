@@ -3,13 +3,16 @@
     python -m benchmarks.service.filling URL --jobs 1000000
     python -m benchmarks.service.lists URL --rounds 40
 
-Starts `bitwright api` on the database and asks for pages of 50, one after the other: without a filter, deep in the
-list, by each filter and pairs of them, with hits and without, by one to sixteen labels. Prints a JSON line.
+Starts `bitwright api` on the database and asks for pages of 50, one after the other: without a filter, by each filter
+and several of them, with hits and without, by one to sixteen labels; each from the newest job on and from the middle
+of all (`deep`). `walk` goes from page to page, so that no job of any was read before. Prints a line for each.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from datetime import timedelta
 from statistics import median, quantiles
 from typing import Any
 
@@ -18,8 +21,11 @@ import httpx
 from app.domain.access import Scope
 from app.store.session import Database
 from app.store.tenancy.keys import ensure_tenant, issue_key
+from benchmarks.service.filling import START, job_id
 from benchmarks.service.running import running_api
 
+MOST_MILLISECONDS = 60_000
+"""A query that has taken as long in all is asked no more."""
 MANY = {f"metadata.n{number}": "x" for number in range(13)}
 QUERIES: dict[str, dict[str, str]] = {
     "all": {},
@@ -60,30 +66,49 @@ def main() -> None:
         _, key = issue_key(session, tenant, name="lists", scopes=frozenset({Scope.READ}))
     database.close()
     with running_api(arguments.url, tree=arguments.tree) as api:
-        print(json.dumps(measure(api.address, key, arguments.rounds)))
+        for told in measure(api.address, key, arguments.rounds):
+            print(json.dumps(told), flush=True)
 
 
-def measure(address: str, key: str, rounds: int) -> dict[str, Any]:
-    """Milliseconds of each query: median, 95th percentile, and the number of jobs of its first page."""
-    told: dict[str, Any] = {}
+def measure(address: str, key: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of each query: median, 95th percentile, and the number of jobs of its page."""
+    middle = job_id(START + timedelta(seconds=20 * 500_000), 500_000)
     with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, timeout=120) as client:
-        cursor = None
-        for _ in range(100):  # twenty thousand jobs down
-            page = client.get("/v1/jobs", params={"limit": 200, **({"after": cursor} if cursor else {})}).json()
-            cursor = page["next_cursor"]
-        for name, query in {**QUERIES, "deep": {"after": str(cursor)}}.items():
-            seconds, answer = [], None
-            for _ in range(rounds):
-                started = time.perf_counter()
-                answer = client.get("/v1/jobs", params=query)
-                seconds.append((time.perf_counter() - started) * 1000)
-                if answer.status_code != 200 or sum(seconds) > 60_000:
-                    break
-            assert answer is not None
-            found = len(answer.json()["items"]) if answer.status_code == 200 else answer.json()["code"]
-            late = quantiles(seconds, n=20)[-1] if len(seconds) > 1 else seconds[0]
-            told[name] = {"median": round(median(seconds), 1), "p95": round(late, 1), "found": found}
-    return told
+        for name, query in QUERIES.items():
+            for place, more in (("newest", {}), ("deep", {"after": middle})):
+                yield {"query": name, "from": place, **_repeated(client, {**query, **more}, rounds)}
+        yield {"query": "all", "from": "walk", **_walked(client, middle, rounds)}
+
+
+def _repeated(client: httpx.Client, query: dict[str, str], rounds: int) -> dict[str, Any]:
+    milliseconds: list[float] = []
+    found = 0
+    while len(milliseconds) < rounds and sum(milliseconds) < MOST_MILLISECONDS:
+        took, page = _asked(client, query)
+        milliseconds.append(took)
+        found = len(page["items"])
+    return {**_figures(milliseconds), "found": found}
+
+
+def _walked(client: httpx.Client, start: str, rounds: int) -> dict[str, Any]:
+    milliseconds: list[float] = []
+    cursor = start
+    for _ in range(rounds):
+        took, page = _asked(client, {"after": cursor})
+        milliseconds.append(took)
+        cursor = page["next_cursor"]
+    return {**_figures(milliseconds), "found": len(page["items"])}
+
+
+def _asked(client: httpx.Client, query: dict[str, str]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    answer = client.get("/v1/jobs", params=query).raise_for_status()
+    return (time.perf_counter() - started) * 1000, answer.json()
+
+
+def _figures(milliseconds: list[float]) -> dict[str, float]:
+    late = quantiles(milliseconds, n=20)[-1] if len(milliseconds) > 1 else milliseconds[0]
+    return {"median": round(median(milliseconds), 1), "p95": round(late, 1)}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import structlog
 from starlette.testclient import TestClient
 
 from app.api.main import create_app
+from app.api.submission.capacity import workers_now
 from app.domain.access import Scope
 from app.domain.attempt_lines import AttemptEvent
 from app.settings import Settings
@@ -63,6 +64,10 @@ class Api:
         row = b'{"messages": [{"role": "user", "content": "theirs"}, {"role": "assistant", "content": "theirs"}]}'
         form = {"files": {"file": ("theirs.jsonl", row)}, "data": {"purpose": "fine-tune"}}
         return str(self.client.post("/v1/files", **form).json()["id"])  # type: ignore[arg-type]
+
+    def look_at_workers(self) -> None:
+        """Have the API see the workers that are alive now, not those of a moment ago."""
+        workers_now(self.client.app.state.bitwright.workers)  # type: ignore[attr-defined]
 
     def claim(self) -> Claim:
         """Take the next job, as a worker does."""

@@ -220,6 +220,7 @@ def test_a_job_that_no_worker_could_ever_hold_is_refused(api: Api, query: str) -
     with api.database.transaction() as session:
         register(session, "gpu-1", DeviceClass.CUDA, {"host_memory_bytes": 1 << 40})
         register(session, "cpu-1", DeviceClass.CPU, {"host_memory_bytes": 1 << 28, "disk_total_bytes": 1 << 40})
+    api.look_at_workers()
     found = problem(api.client.post(url, json=body), 422, "exceeds_capacity")
     assert "GiB of memory, and 0.2 GiB is what there is" in str(found["detail"])
     assert found["hint"]

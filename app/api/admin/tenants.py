@@ -125,13 +125,19 @@ def delete_tenant(tenant_id: str, principal: Administrator, database: DatabaseOf
     responses=problems("not_found"),
 )
 def set_hub_token(
-    tenant_id: str, body: HubTokenRequest, principal: Administrator, database: DatabaseOf, vault: VaultOf
+    *,
+    tenant_id: str,
+    body: HubTokenRequest,
+    principal: Administrator,
+    database: DatabaseOf,
+    vault: VaultOf,
+    known: KeysOf,
 ) -> None:
     """The token with which the tenant's models are fetched, in place of the service's. It is kept encrypted, and never
     shown.
     """
     token = checked_token(body.token, "token")
-    with database.transaction() as session:
+    with known.changing(database) as session:
         tenants.get_tenant(session, tenant_id)
         keep_token(session, vault, token, tenant_id=tenant_id, field="token")
         record(session, actor(principal), "hub_token.set", tenant_id)
@@ -144,9 +150,9 @@ def set_hub_token(
     status_code=204,
     responses=problems("not_found"),
 )
-def erase_hub_token(tenant_id: str, principal: Administrator, database: DatabaseOf) -> None:
+def erase_hub_token(tenant_id: str, principal: Administrator, database: DatabaseOf, known: KeysOf) -> None:
     """From then on the tenant's models are fetched with the service's token. May be repeated."""
-    with database.transaction() as session:
+    with known.changing(database) as session:
         tenants.get_tenant(session, tenant_id)
         erase_token(session, tenant_id)
         record(session, actor(principal), "hub_token.erased", tenant_id)

@@ -3,21 +3,11 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Body, Query, Request
+from sqlalchemy.orm import Session
 
 from app.api.auth import Reader, Submitter
-from app.api.deps import (
-    BlobsOf,
-    DatabaseOf,
-    HubTokenHeader,
-    IdempotencyHeader,
-    InspectorOf,
-    LooksOf,
-    MetricsOf,
-    QueueOf,
-    SettingsOf,
-    VaultOf,
-)
+from app.api.deps import DatabaseOf, QueueOf
 from app.api.jobs import INPUT_PROBLEMS, cancel_job, pause_job, resume_job, submit_job
 from app.api.lists.labels import labels_of, labels_parameter
 from app.api.openai.errors import openai_errors
@@ -32,10 +22,12 @@ from app.api.openai.views import (
     ListView,
     page_of,
 )
+from app.api.submission.call import CallOf
 from app.api.tenancy.admission import NO_ROOM
 from app.store.blobs import BlobStore
 from app.store.ids import id_pattern
 from app.store.jobs import JobRepository
+from app.store.models import Job
 from app.store.openai.fine_tuning import FineTuning, FineTuningRepository
 from app.store.openai.texts import text_of
 from app.store.session import Database
@@ -86,53 +78,24 @@ Limit = Annotated[int, Query(ge=1, le=200, description="Items a page.")]
         *INPUT_PROBLEMS,
     ),
 )
-def create_fine_tuning_job(
-    *,
-    body: Annotated[Any, Body()],
-    response: Response,
-    background: BackgroundTasks,
-    principal: Submitter,
-    settings: SettingsOf,
-    database: DatabaseOf,
-    blobs: BlobsOf,
-    metrics: MetricsOf,
-    hub: LooksOf,
-    queue: QueueOf,
-    inspector: InspectorOf,
-    vault: VaultOf,
-    http: Request,
-    hub_token: HubTokenHeader = None,
-    idempotency_key: IdempotencyHeader = None,
-) -> FineTuningJobView:
+def create_fine_tuning_job(body: Annotated[Any, Body()], call: CallOf) -> FineTuningJobView:
     """Queue a job that quantizes a model and finetunes an adapter on it: qlora at 4 bits, unless `bitwright` says else.
 
     Supervised finetuning alone; other methods, integrations and a validation file are `unsupported_value`.
     """
     asked = FineTuningRequest.parse(body)
-    rows = _rows(database, blobs, principal.tenant_id, asked.training_file) if asked.counts_rows else None
+    database, tenant = call.state.database, call.principal.tenant_id
+    rows = _rows(database, call.state.blobs, tenant, asked.training_file) if asked.counts_rows else None
+
+    def note(session: Session, job: Job) -> None:
+        FineTuningRepository(session, tenant).add(job, asked.kept())
+
     try:
-        made = submit_job(
-            body=asked.job_body(rows),
-            response=response,
-            background=background,
-            principal=principal,
-            settings=settings,
-            database=database,
-            blobs=blobs,
-            metrics=metrics,
-            hub=hub,
-            queue=queue,
-            inspector=inspector,
-            vault=vault,
-            http=http,
-            hub_token=hub_token,
-            idempotency_key=idempotency_key,
-            then=lambda session, job: FineTuningRepository(session, principal.tenant_id).add(job, asked.kept()),
-        )
+        made = submit_job(asked.job_body(rows), call, then=note)
     except BitwrightError as error:
         raise in_openais_names(error) from error.__cause__
-    response.headers["Location"] = f"{JOBS}/{made.id}"
-    return _read(database, principal.tenant_id, made.id)
+    call.response.headers["Location"] = f"{JOBS}/{made.id}"
+    return _read(database, tenant, made.id)
 
 
 @router.get(

@@ -10,7 +10,7 @@ from fastapi import BackgroundTasks, Query, Request
 from starlette.responses import RedirectResponse, Response
 
 from app.api.artifacts import get_content
-from app.api.deps import BlobsOf, DatabaseOf, LaterOf, QueueOf, SettingsOf, VaultOf
+from app.api.deps import BlobsOf, DatabaseOf, KeysOf, LaterOf, QueueOf, SettingsOf, VaultOf
 from app.api.http.archive import Kept, get_archive
 from app.api.jobs import cancel_job, delete_job, retry_job
 from app.api.pages.curves import EVENT_TYPES, of_events, of_report
@@ -176,6 +176,7 @@ def retry(
     database: DatabaseOf,
     vault: VaultOf,
     queue: QueueOf,
+    known: KeysOf,
     background: BackgroundTasks,
 ) -> Response:
     """Queue the job again, and back to its page."""
@@ -187,6 +188,7 @@ def retry(
         database=database,
         vault=vault,
         queue=queue,
+        known=known,
         background=background,
     )
     return RedirectResponse(f"{root_of(request)}/jobs/{job_id}", SEE_OTHER, background=background)

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 from fastapi import BackgroundTasks, Query, Request
 from starlette.responses import RedirectResponse, Response
 
-from app.api.deps import BlobsOf, DatabaseOf, HubOf, InspectorOf, MetricsOf, QueueOf, SettingsOf, VaultOf
+from app.api.deps import DatabaseOf, StateOf
 from app.api.jobs import create_job
 from app.api.pages.form_fields import FORMATS_FIELD, REST_FIELD, Field, Group, body_of, formats, groups_of
 from app.api.pages.rendering import page, root_of
 from app.api.pages.session import FORM, SEE_OTHER, Form, OwnForm, Visitor, VisitorOf, page_router
+from app.api.submission.call import Call
 from app.api.submission.hub_child import Looks
 from app.api.views import PreflightView
 from app.domain.access import Scope
@@ -60,19 +61,7 @@ def show_form(
 
 @router.post("/submit", openapi_extra=FORM)
 def take_form(
-    *,
-    request: Request,
-    form: OwnForm,
-    found: VisitorOf,
-    settings: SettingsOf,
-    database: DatabaseOf,
-    blobs: BlobsOf,
-    metrics: MetricsOf,
-    hub: HubOf,
-    queue: QueueOf,
-    inspector: InspectorOf,
-    vault: VaultOf,
-    background: BackgroundTasks,
+    request: Request, form: OwnForm, found: VisitorOf, state: StateOf, background: BackgroundTasks
 ) -> Response:
     """By the button: the form for another method, the dry run's answer, or the job.
 
@@ -81,36 +70,22 @@ def take_form(
     found.demand(Scope.SUBMIT)
     action, method = _one(form, "action") or "submit", _one(form, "method") or FIRST_METHOD
     if action == "fields":
-        return _form(request, found, database, form)
+        return _form(request, found, state.database, form)
     fields = [each for group in groups_of(method, ()) for each in group.fields]
     dry = action in ("typed", "check")
-    looks: Looks | None = hub.known_only() if hub is not None and action == "typed" else hub
+    hub: Looks | None = state.hub.known_only() if state.hub is not None and action == "typed" else state.hub
+    key = None if dry else _one(form, "once")
     body: dict[str, Any] = {}
     try:
         body = body_of(form, fields)
-        made = create_job(
-            body=body,
-            response=Response(),
-            background=background,
-            principal=found.principal,
-            settings=settings,
-            database=database,
-            blobs=blobs,
-            metrics=metrics,
-            hub=looks,
-            queue=queue,
-            inspector=inspector,
-            vault=vault,
-            http=request,
-            dry_run=dry,
-            idempotency_key=None if dry else _one(form, "once"),
-        )
+        call = Call(state, found.principal, request, Response(), background, hub, idempotency_key=key)
+        made = create_job(body, call, dry_run=dry)
     except BitwrightError as error:
         answer = Answer(body, error=error, problems=_problems(error, fields))
-        return _form(request, found, database, form, answer, status=200 if dry else error.status)
+        return _form(request, found, state.database, form, answer, status=200 if dry else error.status)
     if dry:
         answer = Answer(body, view=PreflightView.model_validate_json(made.body))
-        return _form(request, found, database, form, answer)
+        return _form(request, found, state.database, form, answer)
     job = str(made.headers["Location"]).removeprefix("/v1")
     return RedirectResponse(f"{root_of(request)}{job}", SEE_OTHER, background=background)
 

@@ -7,6 +7,7 @@ dry run warns. Nothing is refused while no worker of its device class is alive: 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from app.api.submission.kept import Kept
 from app.domain.capacity import GIB, SIZES, too_small
 from app.domain.request.job_request import JobRequest
 from app.store.models import Worker
@@ -29,6 +30,27 @@ def capacity_warnings(request: JobRequest, estimates: Mapping[str, Any], workers
             have, need = max(known) / GIB, needed / GIB
             warnings.append(f"the job needs about {need:.1f} GiB of {word}; the largest worker has {have:.1f} GiB")
     return warnings
+
+
+def workers_for(request: JobRequest, estimates: Mapping[str, Any], kept: Kept[Sequence[Worker]]) -> Sequence[Worker]:
+    """The live workers, as of a moment ago, after the check that one of them could hold the job.
+
+    Raises:
+        ExceedsCapacity: none could, of those that are alive now.
+    """
+    workers = kept()
+    try:
+        require_capacity(request, estimates, workers)
+    except ExceedsCapacity:
+        workers = workers_now(kept)
+        require_capacity(request, estimates, workers)
+    return workers
+
+
+def workers_now(kept: Kept[Sequence[Worker]]) -> Sequence[Worker]:
+    """The workers that are alive now."""
+    kept.forget()
+    return kept(wait=True)
 
 
 def require_capacity(request: JobRequest, estimates: Mapping[str, Any], workers: Sequence[Worker]) -> None:

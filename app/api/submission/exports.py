@@ -6,7 +6,7 @@ import structlog
 from fastapi import APIRouter, BackgroundTasks, Query, Request, Response
 
 from app.api.auth import Submitter
-from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf, QueueOf, SettingsOf
+from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, KeysOf, MetricsOf, QueueOf, SettingsOf
 from app.api.http.documentation import problems
 from app.api.jobs import ACCEPTED, accepted
 from app.api.submission.base_jobs import exported_job
@@ -53,6 +53,7 @@ def export_job(
     metrics: MetricsOf,
     http: Request,
     queue: QueueOf,
+    known: KeysOf,
     dry_run: Annotated[bool, Query(description="Check and advise; store nothing.")] = False,
     idempotency_key: IdempotencyHeader = None,
 ) -> Any:
@@ -77,9 +78,9 @@ def export_job(
     if dry_run:
         checked = PreflightView(request=request, warnings=export_advice(kept, body.formats))
         return Response(checked.model_dump_json(), media_type="application/json")
+    policy, _ = policy_and_settings(known, principal, settings)
+    require_allowed_priority(policy, request)
     with database.transaction() as session:
-        policy, _ = policy_and_settings(session, principal, settings)
-        require_allowed_priority(policy, request)
         job = queue_job(session, http, principal, policy, request, idempotency=idempotency)
         alive = live_classes(session)
     queue.forget()

@@ -4,6 +4,7 @@ from fastapi import Request
 from sqlalchemy.orm import Session
 
 from app.api.tenancy.admission import actor, require_job_room
+from app.api.tenancy.known_keys import KnownKeys
 from app.api.tenancy.limit_headers import Limit, tell_limit
 from app.domain.access import Principal
 from app.domain.inputs.roots import roots_of
@@ -11,19 +12,19 @@ from app.domain.request.job_request import JobRequest
 from app.domain.request.publishing import Publish
 from app.settings import Settings
 from app.store.idempotency import Idempotency
-from app.store.jobs import JobRepository
+from app.store.jobs import JobRepository, model_label
 from app.store.models import Job
-from app.store.tenancy.audit import record
+from app.store.tenancy.audit import entry_of
 from app.store.tenancy.hub_tokens import TOKEN_FIELD, Vault, keep_token
-from app.store.tenancy.tenants import Policy, policy_of
+from app.store.tenancy.tenants import Policy
 from app.store.tenancy.usage import cost_micros, money
 from bitwright.errors import Conflict, InvalidRequest, QueuedJobsExceeded
 from bitwright.money import Money
 
 
-def policy_and_settings(session: Session, principal: Principal, settings: Settings) -> tuple[Policy, Settings]:
+def policy_and_settings(known: KnownKeys, principal: Principal, settings: Settings) -> tuple[Policy, Settings]:
     """The tenant's policy, and the settings as they are for it: with the folders that it may read."""
-    policy = policy_of(session, principal.tenant_id, settings.tenant_quotas)
+    policy = known.policy(principal.tenant_id)
     if policy.model_roots is None:
         return policy, settings
     roots = roots_of(settings.model_roots, policy.model_roots)
@@ -51,15 +52,23 @@ def queue_job(
     """
     require_token(policy, request.publish, token, field="publish")
     room = require_job_room(session, principal.tenant_id, policy)
-    job = JobRepository(session, principal.tenant_id).add(request, recipe=recipe, idempotency=idempotency)
+    details = {
+        "method": request.quantization.method,
+        "model": model_label(request.model)[:200],
+        "own_hub_token": token is not None,
+    }
+    job = JobRepository(session, principal.tenant_id).add(
+        request,
+        recipe=recipe,
+        idempotency=idempotency,
+        noted=lambda job_id: entry_of(actor(principal), "job.submitted", job_id, details),
+    )
     if job.replayed:
         return job
     if room is not None and policy.quotas.queued_jobs is not None:
         tell_limit(http.scope, Limit(QueuedJobsExceeded.policy, policy.quotas.queued_jobs, room))
     if token is not None and vault is not None:
         keep_token(session, vault, token, tenant_id=principal.tenant_id, job_id=job.id, field=TOKEN_FIELD)
-    details = {"method": job.method, "model": job.model[:200], "own_hub_token": token is not None}
-    record(session, actor(principal), "job.submitted", job.id, details)
     return job
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, delete, insert, select
 from sqlalchemy.orm import Session
 
-from app.store.clock import now, seconds_from_now
+from app.store.clock import seconds_from_now
 from app.store.ids import is_id, new_id
 from app.store.jobs import Page
 from app.store.models import AuditEntry, table_of
@@ -29,9 +29,13 @@ def record(
     session: Session, actor: Actor, action: str, subject: str, details: Mapping[str, object] | None = None
 ) -> None:
     """Add an entry, in the transaction of what it tells of: both are there, or neither is."""
-    entry = {
+    session.execute(insert(table_of(AuditEntry)), entry_of(actor, action, subject, details))
+
+
+def entry_of(actor: Actor, action: str, subject: str, details: Mapping[str, object] | None = None) -> dict[str, object]:
+    """The row of an entry, for whoever stores it together with what it tells of."""
+    return {
         "id": new_id("aud"),
-        "at": now(),
         "tenant_id": actor.tenant_id,
         "key_id": actor.key_id,
         "action": action,
@@ -39,7 +43,6 @@ def record(
         "request_id": None if actor.request_id is None else actor.request_id[:64],
         "details": dict(details) if details else None,
     }
-    session.execute(insert(table_of(AuditEntry)).values(entry))
 
 
 def audit_page(

@@ -10,10 +10,16 @@ from app.api.tenancy.known_keys import KNOWN_SECONDS, KnownKeys
 from app.domain.access import Principal
 from app.store.session import Database
 from app.store.tenancy.keys import revoke_key
+from app.store.tenancy.tenants import Policy
 from bitwright.errors import Unauthenticated
+from bitwright.tenancy import Quotas
 from tests.api.conftest import Api
 
 GOOD = Principal("tnt_1", "key_1", frozenset())
+
+
+def no_policy(_tenant_id: str) -> Policy:
+    return Policy(Quotas())
 
 
 def test_a_key_is_asked_for_once_in_its_time() -> None:
@@ -23,7 +29,7 @@ def test_a_key_is_asked_for_once_in_its_time() -> None:
         asked.append(key)
         return GOOD
 
-    keys = KnownKeys(ask, seconds=0.2)
+    keys = KnownKeys(ask, no_policy, seconds=0.2)
     assert keys.known("a") is None
     assert keys.look_up("a") is GOOD
     assert keys.known("a") is GOOD
@@ -40,7 +46,7 @@ def test_a_refusal_is_not_kept() -> None:
     def refuse(_key: str) -> Principal:
         raise Unauthenticated("no")
 
-    keys = KnownKeys(refuse)
+    keys = KnownKeys(refuse, no_policy)
     with pytest.raises(Unauthenticated):
         keys.look_up("a")
     assert keys.known("a") is None
@@ -54,7 +60,7 @@ def test_what_was_read_before_a_change_is_not_kept() -> None:
         assert changed.wait(10)
         return GOOD
 
-    keys = KnownKeys(slow)
+    keys = KnownKeys(slow, no_policy)
     thread = threading.Thread(target=keys.look_up, args=("a",))
     thread.start()
     assert reading.wait(10)
@@ -66,10 +72,10 @@ def test_what_was_read_before_a_change_is_not_kept() -> None:
 
 def test_strangers_keys_take_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_keys, "MOST_KNOWN", 3)
-    keys = KnownKeys(lambda _key: GOOD)
+    keys = KnownKeys(lambda _key: GOOD, no_policy)
     for number in range(10):
         keys.look_up(str(number))
-        assert len(keys._found) <= 3
+        assert len(keys._principals._found) <= 3
         assert keys.known(str(number)) is GOOD
 
 
