@@ -119,13 +119,13 @@ def _matching(session: Session, tenant_id: str, filters: JobFilters, after: str 
         for label in filters.labels.items()
     ]
     rarest, count = _rarest(session, by_label)
-    labelled = _has_labels(JOB.id, tenant_id, filters)
+    labelled = _has_labels(JOB.id, filters)
     if count < FEW:
         some = session.scalars(rarest).all()
         return select(JOB.id).where(JOB.id.in_(some), *_columns(filters), labelled).order_by(JOB.id.desc()).limit(limit)
     if filters.by_columns and count >= MANY:
         return _newest([branch.where(labelled) for branch in branches], limit)
-    others = _has_labels(LABEL.job_id, tenant_id, filters)
+    others = _has_labels(LABEL.job_id, filters)
     return (
         rarest.join(JOBS, JOB.id == LABEL.job_id)
         .where(*_columns(filters), others)
@@ -166,22 +166,25 @@ def _columns(filters: JobFilters) -> Conditions:
 
 
 def _is_model(filters: JobFilters) -> Conditions:
-    if filters.model is None:
+    model = filters.model
+    if model is None:
         return []
     start: ColumnElement[str] = literal_column(MODEL_START)
-    return [start == filters.model[:START_LENGTH], JOB.model == filters.model]
+    whole = [JOB.model.between(model, model)] if len(model) >= START_LENGTH else []
+    # Not `model = ...`: SQLite would then put that text in place of the column, and find no index on its start.
+    return [start == model[:START_LENGTH], *whole]
 
 
-def _has_labels(job_id: ColumnElement[str], tenant_id: str, filters: JobFilters) -> ColumnElement[bool]:
-    """That a job has every label: counted among its own, which are sixteen at the most.
+def _has_labels(job_id: ColumnElement[str], filters: JobFilters) -> ColumnElement[bool]:
+    """That a job, which is the tenant's, has every label: counted among its own, which are sixteen at the most.
 
-    One subquery, where one for each label would keep a planner busy for longer than the search takes.
+    One subquery, where one for each label would keep a planner busy for longer than the search takes. It does not ask
+    for the tenant again: SQLite would then look through all of the tenant's labels, not the job's.
     """
     label = LABELS.alias()
-    mine = (label.c.job_id == job_id, label.c.tenant_id == tenant_id)
     wanted = tuple_(label.c.name, label.c.value).in_(list(filters.labels.items()))
-    count = select(func.count()).select_from(label).where(*mine, wanted).correlate(JOBS, LABELS).scalar_subquery()
-    return count == len(filters.labels)
+    mine = select(func.count()).select_from(label).where(label.c.job_id == job_id, wanted)
+    return mine.correlate(JOBS, LABELS).scalar_subquery() == len(filters.labels)
 
 
 def _is_label(tenant_id: str, name: str, value: str) -> Conditions:

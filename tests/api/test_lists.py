@@ -8,6 +8,7 @@ from bitwright.errors import NumericalFailure
 from bitwright.events import ProgressEvent
 from tests.api.conftest import Api
 
+
 def listed(api: Api, **query: Any) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = api.client.get("/v1/jobs", params=query).json()["items"]
     return items
