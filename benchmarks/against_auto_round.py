@@ -66,6 +66,16 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tenso
     return torch.cat([begin.expand(len(rows), -1), rows], dim=1)[:, None]
 
 
+def in_half(model: Any, device: torch.device) -> Any:
+    """A model of transformers with its weights in bf16.
+
+    Buffers stay: frequencies of rotary embeddings in bf16 turn every position by another angle than any runtime does.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model.to(device)
+
+
 class QualityMeter:
     """Perplexity and KL to the original over the first sequences of a text."""
 
@@ -75,7 +85,7 @@ class QualityMeter:
 
     @torch.inference_mode()
     def __call__(self, model: Any) -> dict[str, float]:
-        model = model.to(self._sequences.device, torch.bfloat16)
+        model = in_half(model, self._sequences.device)
         sums = torch.zeros(3, dtype=torch.float64, device=self._sequences.device)
         for sequence in self._sequences:
             ours, theirs = (m(sequence).logits[0, :-1].float().log_softmax(-1) for m in (model, self._original))

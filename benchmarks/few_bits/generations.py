@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from benchmarks.against_auto_round import in_half
+
 PROMPTS, PROMPT, NEW, GRAM = 20, 32, 64, 4
 """Prompts, tokens of a prompt, tokens that are generated, and tokens that count as repeated together."""
 
@@ -56,7 +58,7 @@ class Prompts:
 
     def compared(self, model: Any) -> str:
         """A line on a model beside the original."""
-        found = greedy(model.to(self.device, torch.bfloat16), self.ids, NEW)
+        found = greedy(in_half(model, self.device), self.ids, NEW)
         same = first_difference(found, self.original)
         places = f"first difference {same.float().mean():.1f} of {NEW} (median {int(same.median())})"
         likes = (found == self.original).float().mean()
