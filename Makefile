@@ -59,7 +59,7 @@ test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-llama-cpp: $(VENV)/.test $(LLAMA_CPP)/.installed ## Hold GGUF files against a real llama.cpp (built, from npm; Linux, x86-64)
-	BITWRIGHT_TEST_LLAMA_CPP='$(abspath $(LLAMA_CPP))' $(BIN)/python -m pytest -m slow tests/engine/ships/test_gguf_in_llama_cpp.py tests/engine/ships/gguf/test_architectures.py tests/engine/ships/gguf/test_tokenizers.py tests/engine/loads_here/test_other_runtimes.py tests/numerics/blocks tests/domain/methods/test_mixes_of_llama_cpp.py $(ARGS)
+	BITWRIGHT_TEST_LLAMA_CPP='$(abspath $(LLAMA_CPP))' $(BIN)/python -m pytest -m slow tests/engine/ships/test_gguf_in_llama_cpp.py tests/engine/ships/test_few_bits_ship.py tests/engine/ships/gguf/test_architectures.py tests/engine/ships/gguf/test_tokenizers.py tests/engine/loads_here/test_other_runtimes.py tests/numerics/blocks tests/domain/methods/test_mixes_of_llama_cpp.py $(ARGS)
 
 test-lm-eval: $(VENV)/.test $(LM_EVAL_VENV)/.lm-eval ## Hold tasks to a real lm-eval (an environment of its own, with its own torch)
 	BITWRIGHT_TEST_LM_EVAL='$(abspath $(LM_EVAL_VENV))/bin/python' $(BIN)/python -m pytest tests/engine/tasks/test_lm_eval.py $(ARGS)
