@@ -35,7 +35,7 @@ value everywhere; scales are the best that can be stored, and stay. Where the sc
 tuned with rounded ones (`workers.engine.tune`), straight through.
 
 llama.cpp's block types (`blocks.tuned_blocks`): the same with u((w - o)/f). Where there are steps, factors, offsets and
-codes of at most 4 bits begin as GPTQ and its sweeps make them, and V so that u + V is in its code's interval: signs
+codes of at most 6 bits begin as GPTQ and its sweeps make them, and V so that u + V is in its code's interval: signs
 alone, which move all weights at once, are a long way from codes that know how columns go together.
 
 Different from the paper: that start; the original block reads the original activations and the quantized
@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Form, GPTQSpec, Scheme, SignRoundSpec
-from app.domain.methods.named_schemes import COARSE
+from app.domain.methods.named_schemes import COMPENSATED
 from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import Gradients, TuningSettings
@@ -102,7 +102,7 @@ def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
         if scheme.blocks is not None:
             blocks = block_rounding_kernels(kinds.device, kinds.dtype)
             calls += blocks.warm_ups(scheme.blocks, kinds.dtype, kinds.device)
-            starts = bool(spec.steps) and scheme.name in COARSE
+            starts = bool(spec.steps) and scheme.name in COMPENSATED
             calls += block_warm_ups(columns, scheme, dtypes, kinds.device, eliminates=starts, sweeps=SWEEPS * starts)
             continue
         if scheme.row is not None and scheme.form is Form.FLOAT:
@@ -140,8 +140,8 @@ def rounded_weights(
 
 
 def compensated(task: BlockTask) -> dict[str, BlockWeight]:
-    """The linears in llama.cpp's types up to 4 bits as GPTQ makes them: codes that know the outputs of each."""
-    schemes = {name: scheme for name, scheme in task.schemes.items() if scheme.blocks and scheme.name in COARSE}
+    """The linears in llama.cpp's types up to 6 bits as GPTQ makes them: codes that know the outputs of each."""
+    schemes = {name: scheme for name, scheme in task.schemes.items() if scheme.blocks and scheme.name in COMPENSATED}
     if not schemes:
         return {}
     made = task.quantize(

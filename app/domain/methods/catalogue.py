@@ -15,6 +15,7 @@ from app.domain.methods.any_method import WeightSpec
 from app.domain.methods.clipping_specs import OmniQuantSpec
 from app.domain.methods.codebook_specs import NormalFloatSpec
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
+from app.domain.methods.block_presets import MIXES
 from app.domain.methods.named_schemes import COARSE, COARSE_BITS
 from app.domain.methods.schemes import MAX_BITS, MIN_BITS
 from app.domain.methods.weight_specs import AWQSpec, GPTQSpec, RTNSpec, SignRoundSpec
@@ -52,10 +53,14 @@ class Preset:
         return {"num_samples": self.num_samples, "sequence_length": self.sequence_length, **further}
 
 
+COARSE_MIXES = frozenset(name for name, mix in MIXES.items() if mix.base in COARSE)
+"""llama.cpp's mixes most of whose linears have codes that move, of rows that are whole blocks."""
+
+
 def is_coarse(schemes: Iterable[object]) -> bool:
     """True if one of the bits and schemes that a request names, whatever stands there, has codes that move."""
     return any(
-        named in COARSE if isinstance(named, str) else isinstance(named, int) and 2 <= named <= COARSE_BITS
+        named in COARSE | COARSE_MIXES if isinstance(named, str) else isinstance(named, int) and 2 <= named <= COARSE_BITS
         for named in schemes
     )
 

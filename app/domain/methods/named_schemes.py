@@ -245,5 +245,7 @@ COARSE = frozenset(
     if (row.element, row.scale) == (_E2M1, ScaleType.E8M0) or (row.blocks and row.blocks.code_bits <= 4)
 )
 """Those whose codes move end to end: of MXFP4, whose scales hardly can, and llama.cpp's of at most 4 bits."""
+COMPENSATED = frozenset(name for name, row in SCHEMES.items() if row.blocks and row.blocks.code_bits <= 6)
+"""llama.cpp's types that learned rounding begins in as GPTQ makes them: all but that of 8 bits."""
 COARSE_BITS = 3
 """The most bits of integers whose codes move end to end."""

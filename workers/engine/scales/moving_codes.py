@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme
-from app.domain.methods.named_schemes import COARSE, COARSE_BITS, Element
+from app.domain.methods.named_schemes import COARSE, COARSE_BITS, COMPENSATED, Element
 from workers.numerics.backend import place_kernels
 from workers.numerics.backends.place_operators import Places
 from workers.numerics.floats.elements import LAST_INDEX, code_of_index, from_index, to_index
@@ -36,7 +36,7 @@ PACE_CODES = 0.5
 """Of x, in parts of the rate of scales: at the highest rate a thousandth of a code a step."""
 BOX = 0.49
 """The farthest that a place starts from its code."""
-MOVED = COARSE
+MOVED = COARSE | COMPENSATED
 """Named schemes whose codes move. NVFP4's could, too, beside scales that are tuned themselves: 2 % on a tiny model, and
 not measured on a real one."""
 TINY = 1e-12
