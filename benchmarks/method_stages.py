@@ -72,9 +72,10 @@ METHODS = (
 )
 WATCHED = {
     "search": ["workers.numerics.blocks.elimination.search_blocks", "workers.methods.sign_round.search_blocks"],
-    "elimination of block types": ["workers.methods.gptq.eliminate"],
+    "elimination of block types": ["workers.numerics.blocks.compensation.eliminate"],
     "elimination of integers": ["workers.methods.gptq.quantize_weights"],
-    "descent": ["workers.methods.gptq.descend"],
+    "elimination and descent, replayed": ["workers.methods.gptq.compensate"],
+    "descent": ["workers.numerics.blocks.compensation.descend"],
     "factors": ["workers.methods.gptq.inverse_factors"],
     "sums of H": ["workers.numerics.hessian.Hessian.add"],
     "passes for H": [f"workers.methods.gptq.{name}" for name in ("see_inputs", "input_groups", "_in_one_pass")],

@@ -58,8 +58,8 @@ from workers.contracts.whole_passes import fits_at_once
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped
 from workers.numerics.backend import column_kernels
 from workers.numerics.backends.column_operators import COLUMNS, Columns, IntegerGrid
-from workers.numerics.blocks.descent import descend
-from workers.numerics.blocks.elimination import columns_together, eliminate
+from workers.numerics.blocks.compensation import compensate
+from workers.numerics.blocks.elimination import columns_together
 from workers.numerics.blocks.stored_parts import split_rows
 from workers.numerics.blocks.warm_up import block_warm_ups
 from workers.numerics.floats.elements import element_of, encode
@@ -271,8 +271,8 @@ def _quantized(
         return quantize_floats(weights, elimination, scheme, scale_dtype, moments, joined_amax)
     if scheme.form is Form.BLOCKS:
         weight, order = torch.cat(list(weights)), elimination.order if elimination.static else None
-        made = eliminate(weight, scheme, None if elimination.identity else elimination.factor, moments, order)
-        made = made if damped is None else descend(weight, made, damped, sweeps)
+        factor = None if elimination.identity else elimination.factor
+        made = compensate(weight, scheme, factor, moments, order, damped, sweeps)
         return split_rows(made, [len(each) for each in weights])
     together = quantize_weight(torch.cat(list(weights)), elimination, scheme, scale_dtype)
     return together.split([len(weight) for weight in weights])

@@ -44,7 +44,7 @@ sequences, not on the step's own minibatch. Left out: norm and bias tuning.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -54,6 +54,7 @@ from torch import Tensor
 from app.domain.methods import Form, GPTQSpec, Scheme, SignRoundSpec
 from app.domain.methods.named_schemes import COMPENSATED
 from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
+from workers.contracts.experts import experts_of
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import Gradients, TuningSettings
 from workers.numerics.affine import GroupRange, round_to_grid
@@ -74,6 +75,8 @@ GRADIENTS: Gradients = "exact"
 
 SWEEPS = 2
 """Of coordinate descent after GPTQ's last column, where llama.cpp's types begin."""
+START_TOKENS = 64
+"""Of each input of a linear, at most, in the H from which it begins; steps see all."""
 
 
 class SignRound(KernelMethod[SignRoundSpec]):
@@ -144,10 +147,17 @@ def compensated(task: BlockTask) -> dict[str, BlockWeight]:
     schemes = {name: scheme for name, scheme in task.schemes.items() if scheme.blocks and scheme.name in COMPENSATED}
     if not schemes:
         return {}
-    made = task.quantize(
-        replace(task, schemes=schemes, tick=lambda _: None), GPTQSpec(act_order=False, sweeps=SWEEPS)
-    ).linears
+    inputs = task.inputs if experts_of(task.block) else task.inputs[: _sequences_of_start(task, schemes)]
+    start = replace(task, schemes=schemes, inputs=inputs, tick=lambda _: None)
+    made = task.quantize(start, GPTQSpec(act_order=False, sweeps=SWEEPS)).linears
     return {name: result.weight for name, result in made.items() if isinstance(result.weight, BlockWeight)}
+
+
+def _sequences_of_start(task: BlockTask, names: Iterable[str]) -> int:
+    """As many sequences of this rank as the widest of some linears needs for its H, beside those of the others."""
+    wanted = START_TOKENS * max(task.linear(name).in_features for name in names)
+    tokens = task.total(len(task.inputs)) * task.inputs.shape[1]
+    return math.ceil(len(task.inputs) * min(1.0, wanted / tokens))
 
 
 def _searched(task: BlockTask, name: str) -> BlockWeight:

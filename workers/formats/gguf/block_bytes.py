@@ -43,9 +43,11 @@ class Bits:
 
     def stored(self, numbers: Tensor) -> Tensor:
         """uint8 (blocks, bytes) of numbers (blocks, count)."""
-        parts = (numbers.int().view(-1, *self.shape) >> self.shift) & ((1 << self.width) - 1)
-        places = self.width * torch.arange(self.shape[-2], dtype=torch.int32).view(-1, 1)
-        return (parts << places).sum(-2).to(torch.uint8).flatten(1)
+        parts = ((numbers.view(-1, *self.shape) >> self.shift) & ((1 << self.width) - 1)).to(torch.uint8)
+        octets, *others = parts.unbind(-2)
+        for place, part in enumerate(others, start=1):
+            octets = octets | (part << self.width * place)
+        return octets.reshape(len(parts), -1)
 
     def read(self, data: Tensor) -> Tensor:
         """The share of the numbers (blocks, count), int32, that uint8 (blocks, bytes) hold."""
@@ -208,7 +210,7 @@ def _points_of(codes: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     points = point_numbers(codes.device)[cells_of(magnitudes.view(len(codes), -1, QUAD))]
     if (points < 0).any():
         raise ValueError("four codes of IQ3_S are no point of its lattice")
-    return negative, points
+    return negative.to(torch.uint8), points
 
 
 def _codes_of_points(signs: Tensor, points: Tensor, levels: int) -> Tensor:

@@ -29,8 +29,8 @@ from workers.numerics.backends.rounding_kernels import STORED, TO_NEAREST, _grid
 from workers.numerics.blocks.levels import codes_of, levels_by_halves
 from workers.numerics.floats.elements import LAST_INDEX
 
-ROWS, WARPS = 16, 4
-"""Rows of a program, and its warps: few, since a step waits for its sums longer than it computes."""
+ROWS, WARPS = 16, 1
+"""Rows of a program, and its warps: one, since a step waits for its sums longer than it computes."""
 INTEGERS, FLOATS, LEVELS = 0, 1, 2
 
 

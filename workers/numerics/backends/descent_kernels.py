@@ -22,9 +22,9 @@ from workers.numerics.backends.column_kernels import _inverse, _nearest_level, _
 from workers.numerics.backends.column_operators import COLUMNS
 from workers.numerics.backends.lattice_kernels import inverse_quads, move_points
 
-ROWS, WARPS = 16, 4
+ROWS, WARPS = 16, 1
 """Of a program whose levels move, and its warps."""
-NUMBER_ROWS, NUMBER_WARPS = 16, 8
+NUMBER_ROWS, NUMBER_WARPS = 16, 4
 """Of a program whose scales move."""
 PANEL = 256
 """Columns whose scales move in one launch; whole blocks of every type."""

@@ -56,6 +56,11 @@ def rows_of(weight: BlockWeight, rows: slice) -> BlockWeight:
     return _each((weight,), lambda parts: parts[0][rows])
 
 
+def copy_of(weight: BlockWeight) -> BlockWeight:
+    """The same in tensors of its own."""
+    return _each((weight,), lambda parts: parts[0].clone())
+
+
 def _each(weights: Sequence[BlockWeight], joined: Callable[[Sequence[Tensor]], Tensor]) -> BlockWeight:
     def optional(*parts: Tensor | None) -> Tensor | None:
         given = [part for part in parts if part is not None]

@@ -1,0 +1,99 @@
+"""GPTQ's columns in turn and the sweeps after them, of weights in a block type; on a GPU as CUDA graphs.
+
+What a small weight takes are some hundred launches of a few microseconds each, which cost more to ask for than to
+run. Weights of one shape and type are asked for once: of those that a process sees on a GPU the first goes as it is
+written, the second is captured, and every further one replays that on tensors that stay where they are. Kernels and
+their order are the same, and so are the results, to the bit.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from app.domain.methods import Scheme
+from workers.numerics.blocks.descent import descend
+from workers.numerics.blocks.elimination import columns_together, eliminate
+from workers.numerics.blocks.stored_parts import copy_of
+from workers.numerics.quantized import BlockWeight
+
+MOST_WEIGHTS, MOST_COLUMNS = 1 << 22, 2048
+"""Of a weight whose launches are worth a graph: what a graph holds is some ten times as large, and stays."""
+
+
+@torch.no_grad()
+def compensate(
+    weight: Tensor,
+    scheme: Scheme,
+    factor: Tensor | None,
+    moments: Tensor,
+    order: Tensor | None = None,
+    damped: Tensor | None = None,
+    sweeps: int = 0,
+) -> BlockWeight:
+    """`eliminate` with the first five, and from there `descend` by H = `damped`, where there is one."""
+
+    def made(weight: Tensor, factor: Tensor | None, moments: Tensor, damped: Tensor | None) -> BlockWeight:
+        found = eliminate(weight, scheme, factor, moments, order)
+        return found if damped is None else descend(weight, found, damped, sweeps)
+
+    small = weight.numel() <= MOST_WEIGHTS and weight.shape[1] <= MOST_COLUMNS
+    if factor is None or order is not None or not (weight.is_cuda and small) or columns_together(scheme) > 1:
+        return made(weight, factor, moments, damped)
+    given = (weight, factor, moments, *(() if damped is None else (damped,)))
+    kind = (scheme, sweeps, weight.device, *((tensor.shape, tensor.dtype) for tensor in given))
+    return _recorder(kind).result(lambda *of: made(*of, *([None] * (4 - len(of)))), given)
+
+
+class _Recorder:
+    """Calls of one kind: the first as it is written, the second captured, every further one replayed."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._places: tuple[Tensor, ...] = ()
+        self._made: BlockWeight | None = None
+
+    def result(self, function: Callable[..., BlockWeight], given: tuple[Tensor, ...]) -> BlockWeight:
+        """What the function makes of some tensors."""
+        self._seen += 1
+        if self._seen == 2:
+            self._capture(function, given)
+        if self._graph is None or self._made is None:
+            return function(*given)
+        for place, tensor in zip(self._places, given, strict=True):
+            place.copy_(tensor)
+        self._graph.replay()
+        return copy_of(self._made)
+
+    def _capture(self, function: Callable[..., BlockWeight], given: tuple[Tensor, ...]) -> None:
+        """Captures the function on tensors like these; nothing, where something cannot be captured."""
+        places = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in given)
+        graph, before, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(stream):
+                # Other threads read and write meanwhile; CUDA shall watch what this one does.
+                graph.capture_begin(pool=_pool(given[0].device), capture_error_mode="thread_local")
+                try:
+                    made = function(*places)
+                finally:
+                    graph.capture_end()
+        except RuntimeError:  # memory has run out, too
+            torch.cuda.set_stream(before)
+            return
+        before.wait_stream(stream)
+        self._graph, self._places, self._made = graph, places, made
+
+
+@cache
+def _recorder(_kind: tuple[object, ...]) -> _Recorder:
+    return _Recorder()
+
+
+@cache
+def _pool(_device: torch.device) -> tuple[int, int]:
+    """Memory that all graphs of a device share: none of them runs while another does."""
+    pool: tuple[int, int] = torch.cuda.graph_pool_handle()
+    return pool
