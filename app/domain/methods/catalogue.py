@@ -12,10 +12,10 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from app.domain.methods.any_method import WeightSpec
+from app.domain.methods.block_presets import MIXES
 from app.domain.methods.clipping_specs import OmniQuantSpec
 from app.domain.methods.codebook_specs import NormalFloatSpec
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
-from app.domain.methods.block_presets import MIXES
 from app.domain.methods.named_schemes import COARSE, COARSE_BITS
 from app.domain.methods.schemes import MAX_BITS, MIN_BITS
 from app.domain.methods.weight_specs import AWQSpec, GPTQSpec, RTNSpec, SignRoundSpec
@@ -32,8 +32,8 @@ class Preset:
     """Values that a preset fills in where the request is silent: fields of the method's spec, and the calibration's
     size.
 
-    coarse   fields that have another value where a scheme of the request is coarse: integers up to 3 bits, MXFP4, or
-             one of llama.cpp's up to 4 bits
+    coarse   fields that have another value where a scheme of the request is coarse: integers up to 3 bits, MXFP4, one
+             of llama.cpp's up to 4 bits, or a mix of these
     further  `further_samples` of the calibration there
     """
 
@@ -54,13 +54,15 @@ class Preset:
 
 
 COARSE_MIXES = frozenset(name for name, mix in MIXES.items() if mix.base in COARSE)
-"""llama.cpp's mixes most of whose linears have codes that move, of rows that are whole blocks."""
+"""llama.cpp's mixes most of whose linears are in such a type."""
 
 
 def is_coarse(schemes: Iterable[object]) -> bool:
     """True if one of the bits and schemes that a request names, whatever stands there, has codes that move."""
     return any(
-        named in COARSE | COARSE_MIXES if isinstance(named, str) else isinstance(named, int) and 2 <= named <= COARSE_BITS
+        named.lower() in COARSE | COARSE_MIXES
+        if isinstance(named, str)
+        else isinstance(named, int) and 2 <= named <= COARSE_BITS
         for named in schemes
     )
 

@@ -244,8 +244,10 @@ COARSE = frozenset(
     for name, row in SCHEMES.items()
     if (row.element, row.scale) == (_E2M1, ScaleType.E8M0) or (row.blocks and row.blocks.code_bits <= 4)
 )
-"""Those whose codes move end to end: of MXFP4, whose scales hardly can, and llama.cpp's of at most 4 bits."""
+"""Those for which codes that move end to end get more steps and text: MXFP4, whose scales hardly can move, and
+llama.cpp's of at most 4 bits."""
 COMPENSATED = frozenset(name for name, row in SCHEMES.items() if row.blocks and row.blocks.code_bits <= 6)
-"""llama.cpp's types that learned rounding begins in as GPTQ makes them: all but that of 8 bits."""
+"""llama.cpp's types that learned rounding begins in as GPTQ makes them, and whose codes move:
+all but that of 8 bits."""
 COARSE_BITS = 3
 """The most bits of integers whose codes move end to end."""

@@ -152,7 +152,7 @@ class SignRoundSpec(NamedSchemeSpec):
         default=0,
         description="Steps that tune all scales together against the original model's next-token distribution once "
         "every block is done, and on floating-point grids, in llama.cpp's types and of integers up to 3 bits the "
-        "blocks' norms with them; of MXFP4, of llama.cpp's up to 4 bits and of integers up to 3 bits the codes, too. "
+        "blocks' norms with them; of MXFP4, of llama.cpp's up to 6 bits and of integers up to 3 bits the codes, too. "
         "0 leaves that out. Skipped with a warning where the model does not fit.",
     )
 

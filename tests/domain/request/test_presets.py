@@ -38,6 +38,7 @@ def test_a_preset_gives_few_bits_more_text(bits: int, steps: int, further: int) 
     [
         *[("mxfp4a16", 400), ("mxfp4", 400), ("nvfp4", 100), ("fp8", 100), ("int8", 100)],
         *[("q2_k", 400), ("iq4_xs", 400), ("q6_k", 100)],
+        *[("Q2_K_M", 400), ("q4_k_m", 400), ("q5_k_m", 100)],
     ],
 )
 def test_a_preset_takes_more_steps_where_codes_move(scheme: str, steps: int) -> None:

@@ -7,7 +7,7 @@
     llama.cpp's types     `workers.engine.scales.block_family`
     others                w_hat as it is
 
-L is the value of a code, e4m3 or e2m1. Codes of e2m1, and of llama.cpp's types up to 4 bits, move, too, where there
+L is the value of a code, e4m3 or e2m1. Codes of e2m1, and of llama.cpp's types up to 6 bits, move, too, where there
 is room for what that takes (`workers.engine.scales.moving_codes`); a family without p or moving codes is what a
 gradient goes through. Scales: `workers.engine.scales.float_scales`.
 """
