@@ -63,7 +63,7 @@ def test_replays_say_what_kernels_say_and_keep_what_they_said(
 def test_what_cannot_be_captured_is_called_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compensation._recorder.cache_clear()
     calls = [given("q4_0", 96, seed, "cuda") for seed in range(4)]
-    expected, waits = [plainly(call) for call in calls], compensation.eliminate
+    expected, waits = [plainly(call) for call in calls], eliminate
 
     def waiting(*of: Tensor) -> BlockWeight:
         torch.cuda.synchronize()

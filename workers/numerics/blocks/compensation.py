@@ -8,6 +8,7 @@ their order are the same, and so are the results, to the bit.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,6 @@ def _recorder(_kind: tuple[object, ...]) -> _Recorder:
 
 
 @cache
-def _pool(_device: torch.device) -> tuple[int, int]:
+def _pool(_device: torch.device) -> Any:
     """Memory that all graphs of a device share: none of them runs while another does."""
-    pool: tuple[int, int] = torch.cuda.graph_pool_handle()
-    return pool
+    return torch.cuda.graph_pool_handle()
