@@ -57,7 +57,7 @@ class _Recorder:
         self._made: BlockWeight | None = None
 
     def result(self, function: Callable[..., BlockWeight], given: tuple[Tensor, ...]) -> BlockWeight:
-        """What the function makes of some tensors."""
+        """The weight that the function makes of some tensors."""
         self._seen += 1
         if self._seen == 2:
             self._capture(function, given)
