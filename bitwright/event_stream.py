@@ -1,6 +1,13 @@
 """Server-sent events: the wire format (HTML standard, section 9.2)."""
 
+import codecs
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+LINE_END = re.compile(r"\r\n|\n|\r")
+"""All that ends a line here. `str.splitlines`, by which httpx reads lines, ends one at U+2028, U+2029 and U+0085 too,
+which JSON may hold as they are."""
 
 READ_TIMEOUT_SECONDS = 45.0
 """Three of the service's keep-alive comments: silence for longer means that the connection is dead."""
@@ -16,14 +23,27 @@ class ServerSentEvent:
 
 
 class EventParser:
-    """Events from the lines of a `text/event-stream` body. An event that the stream's end cuts off never comes."""
+    """Events from the bytes of a `text/event-stream` body. An event that the stream's end cuts off never comes."""
 
     def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = ""
         self._last_id = ""
         self._event = ""
         self._data: list[str] = []
 
-    def feed(self, line: str) -> ServerSentEvent | None:
+    def feed(self, chunk: bytes) -> Iterator[ServerSentEvent]:
+        """The events that these bytes complete, wherever they are cut."""
+        self._rest += self._decoder.decode(chunk)
+        # A carriage return at the end may be half of a line's end.
+        held = "\r" if self._rest.endswith("\r") else ""
+        *lines, self._rest = LINE_END.split(self._rest.removesuffix(held))
+        self._rest += held
+        for line in lines:
+            if (event := self._line(line)) is not None:
+                yield event
+
+    def _line(self, line: str) -> ServerSentEvent | None:
         """The event that this line completes, without its line end."""
         if line == "":
             event = ServerSentEvent(self._last_id, self._event or "message", "\n".join(self._data))

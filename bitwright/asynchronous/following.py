@@ -57,6 +57,6 @@ async def _one_connection(transport: AsyncTransport, job_id: str, after: int) ->
     async with transport.stream(path, headers=headers, read_timeout=READ_TIMEOUT_SECONDS) as response:
         if response.status_code == httpx.codes.NO_CONTENT:
             return
-        async for line in response.aiter_lines():
-            if (event := parser.feed(line)) is not None:
+        async for chunk in response.aiter_bytes():
+            for event in parser.feed(chunk):
                 yield EventView.model_validate_json(event.data)

@@ -58,6 +58,6 @@ def _one_connection(transport: Transport, job_id: str, after: int) -> Generator[
     with transport.stream(path, headers=headers, read_timeout=READ_TIMEOUT_SECONDS) as response:
         if response.status_code == httpx.codes.NO_CONTENT:
             return
-        for line in response.iter_lines():
-            if (event := parser.feed(line)) is not None:
+        for chunk in response.iter_bytes():
+            for event in parser.feed(chunk):
                 yield EventView.model_validate_json(event.data)

@@ -19,7 +19,6 @@ NAMES = MappingProxyType(
         "aclosing": "closing",
         "aclose": "close",
         "aread": "read",
-        "aiter_lines": "iter_lines",
         "aiter_bytes": "iter_bytes",
         "asynccontextmanager": "contextmanager",
         "__aenter__": "__enter__",
