@@ -175,6 +175,32 @@ def test_a_dry_run_prices_finetuning(api: Api) -> None:
     assert wide["device_memory_bytes"] - short["device_memory_bytes"] >= 16 * more > 0
 
 
+def test_a_dry_run_prices_epochs_as_the_steps_they_are(api: Api) -> None:
+    """By the bytes of the text, at four a token: 64 KiB are 16 sequences of 1,024, of which two make a step."""
+    folder = write_checkpoint(api.folder / "models" / "tiny", shards=True)
+    text = api.folder / "models" / "rows.jsonl"
+    row = '{"text": "' + "x" * 1011 + '"}\n'
+    text.write_text(row * 64)
+    assert text.stat().st_size == 1 << 16
+
+    def dry(length: dict[str, float], dataset: object) -> dict[str, Any]:
+        part = {"dataset": dataset, "batch_size": 2, "sequence_length": 1024, "validation_share": 0.0, **length}
+        body = {"model": str(folder), "method": "qlora", "group_size": 16, "rank": 4, "finetune": part}
+        answer = api.client.post("/v1/jobs?dry_run=true", json=body)
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found | {"told": [warning for warning in found["warnings"] if warning.startswith("finetune.epochs")]}
+
+    here = {"source": "local", "path": str(text)}
+    epochs, steps = dry({"epochs": 3}, here), dry({"steps": 3 * 16 // 2}, here)
+    assert epochs["estimates"]["seconds"] == steps["estimates"]["seconds"]
+    assert epochs["told"] == ["finetune.epochs: 3 are about 24 steps, by the 65536 bytes of the text"]
+    assert steps["told"] == []
+    assert epochs["request"]["finetune"]["epochs"] == 3
+    (unknown,) = dry({"epochs": 3}, "builtin")["told"]
+    assert "is known when the text is read" in unknown
+
+
 SNAPSHOTS, BLOBS = "cache/models--org--model/snapshots", "cache/models--org--model/blobs"
 HEADS = ("num_attention_heads", "num_key_value_heads", "vocab_size", "tie_word_embeddings")
 

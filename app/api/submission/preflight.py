@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +64,7 @@ class Preflight:
 
     not_checked   "hub" where the model is there and nobody has looked at it
     estimated     estimates of another request on the model, empty where it does not fit; None: nothing was seen of it
+    training_bytes  of the text that finetunes, where this machine has it
     """
 
     request: JobRequest
@@ -73,6 +73,14 @@ class Preflight:
     problems: list[FieldProblem] = field(default_factory=list)
     not_checked: Literal["hub"] | None = None
     estimated: Callable[[JobRequest], Mapping[str, Any]] | None = None
+    training_bytes: int | None = None
+
+    def countable(self, request: JobRequest) -> JobRequest:
+        """The request with steps in place of epochs, by which work can be estimated before its text is read."""
+        finetune = request.finetune
+        if finetune is None or finetune.epochs is None or self.training_bytes is None:
+            return request
+        return request.model_copy(update={"finetune": finetune.of_bytes(self.training_bytes)})
 
     def add(self, error: BitwrightError, path: str) -> None:
         """Note an error about the field at `path`."""
@@ -124,12 +132,13 @@ def judge_model(
         preflight.problems += misfits(preflight.request, inspection)
         preflight.warnings += warnings_of(preflight.request, inspection)
         # Patterns and sizes that do not fit leave nothing to estimate.
-        preflight.estimates = {} if preflight.problems else estimate(preflight.request, inspection)
-        preflight.estimated = partial(_estimated, inspection)
+        preflight.estimates = {} if preflight.problems else estimate(preflight.countable(request), inspection)
+        preflight.estimated = lambda other: _estimated(inspection, preflight.countable(other))
     elif not looked and request.quantization.asks_for_weights_alone():
         preflight.problems += without_model_problems(request)
     starved = starved_calibration(preflight.request)
     preflight.warnings += [*([starved] if starved else []), *runtime_warnings(preflight.request)]
+    preflight.warnings += _epochs_warnings(preflight)
     if preflight.problems:
         raise refusal(preflight.problems)
 
@@ -180,6 +189,7 @@ def _resolve_texts(preflight: Preflight, settings: Settings, uploads: UploadRepo
             path = _resolve_path(preflight, dataset.path, settings, f"{where}.path")
             if path is not None:
                 preflight.request = with_source(preflight.request, where, LocalText(path=str(path)))
+                _note_bytes(preflight, where, path.stat().st_size if path.is_file() else None)
                 if path.is_dir():
                     hint = "name the JSONL file in it"
                     error = InvalidDataset("this is a folder, and a dataset is a file", value=dataset.path, hint=hint)
@@ -190,8 +200,26 @@ def _resolve_texts(preflight: Preflight, settings: Settings, uploads: UploadRepo
                 hint = "begin an upload of one file named *.jsonl"
                 error = InvalidDataset("the upload is not one .jsonl file", value=dataset.id, hint=hint)
                 preflight.add(error, f"{where}.id")
+            _note_bytes(preflight, where, None if upload is None else sum(file.size for file in upload.files))
         elif isinstance(dataset, HubDataset):
             _check_hub(preflight, settings, where)
+
+
+def _note_bytes(preflight: Preflight, where: str, size: int | None) -> None:
+    if where == "finetune.dataset":
+        preflight.training_bytes = size
+
+
+def _epochs_warnings(preflight: Preflight) -> list[str]:
+    """What the estimate of epochs rests on; none where steps were asked for."""
+    asked, counted = preflight.request.finetune, preflight.countable(preflight.request).finetune
+    if asked is None or counted is None or asked.epochs is None:
+        return []
+    if counted.epochs is not None:
+        known = f"the estimate is of {asked.steps} steps: how many {asked.epochs:g} are is known when the text is read"
+    else:
+        known = f"{asked.epochs:g} are about {counted.steps} steps, by the {preflight.training_bytes} bytes of the text"
+    return [f"finetune.epochs: {known}"]
 
 
 def is_text_upload(upload: Upload) -> bool:
@@ -244,7 +272,7 @@ def _check_hub(preflight: Preflight, settings: Settings, path: str) -> None:
 def _inspect(preflight: Preflight, files: CheckpointFiles, inspector: Inspector, tenant: str) -> bool:
     """Note the verdict on a checkpoint; False if there is none but what is wrong with it."""
     try:
-        verdict = inspector.look(tenant, preflight.request, files)
+        verdict = inspector.look(tenant, preflight.countable(preflight.request), files)
     except InputError as error:
         preflight.add(error, "model")
         return False
@@ -262,7 +290,7 @@ def _inspect(preflight: Preflight, files: CheckpointFiles, inspector: Inspector,
     preflight.problems += verdict.problems
     preflight.warnings += verdict.warnings
     preflight.estimates = {} if preflight.problems else verdict.estimates
-    preflight.estimated = lambda request: _fitting(inspector.look(tenant, request, files))
+    preflight.estimated = lambda other: _fitting(inspector.look(tenant, preflight.countable(other), files))
     return True
 
 

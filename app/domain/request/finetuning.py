@@ -16,6 +16,8 @@ from app.domain.request.sources import DatasetSource
 MOST_STEPS = 1_000_000
 EPOCH_TOKENS = 64_000_000
 """Of a dataset on the Hub that is read whole, at the most: what a file of texts may hold."""
+BYTES_A_TOKEN = 4
+"""Of a JSONL file, roughly: English prose has four to five, code and a row's own marks make up for that."""
 
 
 class Finetune(BaseModel):
@@ -125,6 +127,14 @@ class Finetune(BaseModel):
             return self
         steps = min(MOST_STEPS, max(1, math.ceil(self.epochs * count / self.batch_size)))
         return self.model_copy(update={"steps": steps})
+
+    def of_bytes(self, size: int) -> Self:
+        """The same with steps in place of epochs, as they are estimated from the bytes of the dataset's file."""
+        if self.epochs is None:
+            return self
+        tokens = size * (1 - self.validation_share) / BYTES_A_TOKEN
+        counted = self.of_sequences(max(1, round(tokens / self.sequence_length)))
+        return counted.model_copy(update={"epochs": None})
 
     @property
     def tokens_read(self) -> int:
