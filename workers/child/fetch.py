@@ -35,6 +35,7 @@ from app.hub.answers import refusal_of, renamed
 from app.hub.repository import Allowance, HubFiles, HubReader, Repository
 from bitwright.errors import BitwrightError, InvalidDataset, SourceForbidden, SourceNotFound, Unavailable
 from bitwright.events import TEXT_ROLES, ProgressEvent, Stage, WarningEvent
+from workers.child.dataset_rows import dataset_rows
 from workers.child.examination import examine, require_disk
 from workers.child.exceptions import as_bitwright_error
 from workers.child.lifeline import (
@@ -216,11 +217,9 @@ def write_text(order: TextOrder, commit: str) -> None:
     Raises:
         InvalidDataset: no such configuration or split, or rows without a known column.
     """
-    from datasets import load_dataset  # noqa: PLC0415 (takes a second, and most jobs need it not)
-
     dataset = order.dataset
     try:
-        rows = load_dataset(dataset.id, dataset.config, split=dataset.split, revision=commit, streaming=True)
+        rows = dataset_rows(dataset, commit, (*_known_columns(order), *BESIDE_COLUMNS))
         lines = list(text_lines(rows, order))
     except ValueError as error:  # an unknown configuration or split, a file that is no table
         hint = "name a configuration and a split that the dataset has, and that is a table of text"
@@ -231,11 +230,15 @@ def write_text(order: TextOrder, commit: str) -> None:
     replace_file(Path(order.path), "".join(lines).encode())
 
 
+def _known_columns(order: TextOrder) -> tuple[str, ...]:
+    return (*TEXT_COLUMNS, *TASK_COLUMNS) if order.asks else TEXT_COLUMNS
+
+
 def text_lines(rows: Iterable[Mapping[str, object]], order: TextOrder) -> Iterator[str]:
     """JSON lines of the known columns of `rows`, until `order.characters` are reached."""
     characters = 0
     for row in rows:
-        known = (*TEXT_COLUMNS, *TASK_COLUMNS) if order.asks else TEXT_COLUMNS
+        known = _known_columns(order)
         kept = {name: row[name] for name in known if row.get(name) is not None}
         if kept.keys() & {"messages", "conversations"}:
             kept |= {name: row[name] for name in BESIDE_COLUMNS if row.get(name) is not None}
@@ -243,7 +246,8 @@ def text_lines(rows: Iterable[Mapping[str, object]], order: TextOrder) -> Iterat
             hint = f"rows need one of: {', '.join(known)}"
             columns = ", ".join(row)
             raise InvalidDataset(f"the rows have the columns {columns}", value=order.dataset.id, hint=hint)
-        line = json.dumps(kept, ensure_ascii=False) + "\n"
+        # Of tables with types of their own, such as Parquet's, a time is its usual text.
+        line = json.dumps(kept, ensure_ascii=False, default=str) + "\n"
         characters += len(line)
         yield line
         if characters >= order.characters:
