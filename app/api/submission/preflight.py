@@ -211,7 +211,7 @@ def _note_bytes(preflight: Preflight, where: str, size: int | None) -> None:
 
 
 def _epochs_warnings(preflight: Preflight) -> list[str]:
-    """What the estimate of epochs rests on; none where steps were asked for."""
+    """A warning with the grounds of an estimate of epochs; none where steps were asked for."""
     asked, counted = preflight.request.finetune, preflight.countable(preflight.request).finetune
     if asked is None or counted is None or asked.epochs is None:
         return []
