@@ -41,6 +41,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from app.domain.request.job_request import JobRequest
 from benchmarks.against_auto_round import QualityMeter, parse_scheme, read_text, windows
 from benchmarks.few_bits.generations import Prompts
+from benchmarks.few_bits.published import BLOCKS
 from benchmarks.few_bits.texts import cut, free_sequences, mixed, read_rows, written_sequences
 from workers.contracts.blocks import BlockTask
 from workers.disk.orders import AttemptOrder
@@ -86,7 +87,7 @@ def original_states(job: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def rules_of(setting: dict[str, float]) -> StepRules:
     """The rules that a setting names."""
-    kinds = {field.name: type(field.default) for field in fields(StepRules)}
+    kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(StepRules)}
     return StepRules(**{name: kind(setting[name]) for name, kind in kinds.items() if name in setting})
 
 
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", required=True)
     parser.add_argument("--generations", help="text whose first documents are prompts: 64 greedy tokens are compared")
     parser.add_argument("--only", help="pattern of the linears that have the scheme; others have q8_0")
+    parser.add_argument("--blocks", choices=["signround", *BLOCKS], default="signround", help="what quantizes them")
     parser.add_argument("--start", choices=["gptq", "search"], default="gptq", help="of llama.cpp's types")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
@@ -238,6 +240,8 @@ def main() -> None:
     if given.scheme.startswith("W"):
         found = parse_scheme(given.scheme)
         scheme = {"bits": found.bits, "group_size": found.group_size, "symmetric": found.symmetric}
+    if given.blocks in BLOCKS:
+        sign_round.SignRound.quantize_block = BLOCKS[given.blocks]  # type: ignore[method-assign,assignment]
     if given.start == "search":
         sign_round.compensated = not_compensated
     body = {

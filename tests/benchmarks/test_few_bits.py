@@ -65,6 +65,7 @@ def test_windows_are_the_texts_at_other_offsets(tokenizer: PreTrainedTokenizerFa
     assert sorted({start % 15 for start in starts}) == [0, 5, 10]
 
 
+@pytest.mark.slow
 def test_what_is_written_follows_its_prefix_by_the_models_odds(model: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     prefixes, given = torch.randint(VOCABULARY, (6, 9), generator=generator), torch.tensor([3, 4, 5, 6, 7, 9])
@@ -82,6 +83,7 @@ def test_what_is_written_follows_its_prefix_by_the_models_odds(model: Any) -> No
     assert (seen > 0).sum() > 2
 
 
+@pytest.mark.slow
 def test_sequences_are_pieces_that_begin_as_they_say(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     text = text_of(400)
     rows = written_sequences(model, tokenizer, text, 24, 12, seed=3)
