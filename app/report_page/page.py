@@ -52,7 +52,7 @@ def report_page(report: Report, *, title: str, load: Sequence[str] = ()) -> str:
         outcome.times(report, figures),
         outcome.settings(report, figures),
     ]
-    return _template().render(
+    return template().render(
         title=title,
         policy=POLICY,
         report=report,
@@ -89,7 +89,8 @@ def _hidden(character: str) -> bool:
 
 
 @cache
-def _template() -> Template:
+def template() -> Template:
+    """The page's template, which a process compiles once, with those that it takes parts from."""
     folder = files(__package__)
     loader = DictLoader({name: (folder / name).read_text(encoding="utf-8") for name in TEMPLATES})
     environment = Environment(
@@ -101,4 +102,5 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(TEMPLATES[0])
+    page, *_ = [environment.get_template(name) for name in TEMPLATES]
+    return page

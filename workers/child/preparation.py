@@ -13,10 +13,17 @@ def prepare(device: str) -> None:
     # transformers loads a type's code when it is asked for it: this is the part that types share.
     from transformers.models.llama import modeling_llama  # noqa: PLC0415, F401
 
+    from app.domain.format_rules import default_for, stored_formats  # noqa: PLC0415
+    from app.domain.formats import Result  # noqa: PLC0415
+    from app.report_page.page import template  # noqa: PLC0415
     from workers.engine import reporter, run  # noqa: PLC0415, F401
     from workers.formats.library_config import know  # noqa: PLC0415
+    from workers.formats.registry import format_of  # noqa: PLC0415
 
     know("llama")
+    for name in stored_formats([default_for(Result.AFFINE)]):
+        format_of(name)
+    template()
 
     if device == "cuda":
         _open_gpu()

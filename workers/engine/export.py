@@ -1,6 +1,7 @@
 """From durable blocks and trained adapters to checkpoints: each linear once through its merge and every writer."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -125,8 +126,8 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
                     if isinstance(writer, InputWriter):
                         writer.add_inputs(model.names.linear_name(name), squares)
             job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
+    _finish(exported.writers.values(), kept_linears(model, job.schemes))
     for writer in exported.writers.values():
-        writer.finish(ignored=kept_linears(model, job.schemes))
         for code, message in writer.warnings.items():
             job.reporter.warning(code, message)
     for message in exported.scales.warnings().values():
@@ -138,6 +139,18 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
         kept = {name: stored(module) for name, module in trained.modules.items()}
         write_adapter(folder / ADAPTER_FOLDER, trained.spec.kind, kept)
     return exported
+
+
+def _finish(writers: Collection[Writer], ignored: Collection[str]) -> None:
+    """Let all writers write their files at once: each mostly waits for the disk.
+
+    Raises:
+        Exception: what the first writer that failed raised, when the others have ended.
+    """
+    with ThreadPoolExecutor(len(writers), thread_name_prefix="export") as threads:
+        ended = [threads.submit(writer.finish, ignored=ignored) for writer in writers]
+    for each in ended:
+        each.result()
 
 
 def _writers(job: Job, folder: Path, identity: Identity) -> Mapping[ExportFormat, Writer]:

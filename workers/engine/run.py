@@ -63,6 +63,8 @@ def _computed(job: Job, checks: Verification | None = None) -> tuple[Job, Result
         job, quantized, tuned = goal.make(job, quantize.run if checks is None else checks.checked(quantize.run))
         # Two or three tensors of (sequences, length, width), whose memory finetuning may need.
         quantized = replace(quantized, calibration=None)
+        if checks is not None and job.request.finetune is not None:
+            checks.demand_block()
         finetuned = finetune.run(job, quantized.head)
         evaluated = evaluate.run(job, quantized, finetuned)
         if checks is not None:

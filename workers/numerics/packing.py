@@ -5,6 +5,8 @@ straddle two bytes. Read as little-endian words, the same stream is what compres
 """
 
 import sys
+from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -31,28 +33,80 @@ def pack_bytes(codes: Tensor, bits: int) -> Tensor:
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
     rows, count = codes.shape
-    lanes = pad(codes, (0, -count % 8)).reshape(rows, -1, 8)
-    stream = codes.new_zeros(rows, lanes.shape[1], bits)
-    for lane in range(8):
-        byte, shift = divmod(lane * bits, 8)
-        stream[..., byte] |= lanes[..., lane] << shift
-        if shift + bits > 8:
-            stream[..., byte + 1] |= lanes[..., lane] >> (8 - shift)
-    return stream.flatten(1)[:, : packed_bytes(count, bits)].clone(memory_format=torch.contiguous_format)
+    lanes = pad(codes, (0, -count % 8)) if count % 8 else codes.contiguous()
+    words = _Words.of(bits)
+    folded = words.of_bytes(lanes.reshape(-1, words.codes))
+    width = 8
+    while width < 8 * words.codes:
+        have = bits * width // 8
+        kept = folded & _fields(words.codes, 2 * width, have, 0)
+        folded = kept.bitwise_or_((folded >> width - have).bitwise_and_(_fields(words.codes, 2 * width, have, have)))
+        width *= 2
+    stream = words.to_bytes(folded).view(rows, lanes.shape[1] // words.codes * words.bytes)
+    need = packed_bytes(count, bits)
+    return stream if stream.shape[1] == need else stream[:, :need].contiguous()
 
 
 def unpack_bytes(stream: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_bytes`: uint8 (rows, at least packed_bytes(count, bits)) -> uint8 (rows, count)."""
-    steps = -(-count // 8)
-    stream = pad(stream[:, : steps * bits], (0, max(0, steps * bits - stream.shape[1]))).reshape(-1, steps, bits)
-    lanes = stream.new_empty(len(stream), steps, 8)
-    for lane in range(8):
-        byte, shift = divmod(lane * bits, 8)
-        lanes[..., lane] = stream[..., byte] >> shift
-        if shift + bits > 8:
-            lanes[..., lane] |= stream[..., byte + 1] << (8 - shift)
-    codes: Tensor = (lanes & (2**bits - 1)).flatten(1)[:, :count]
-    return codes.contiguous()
+    words = _Words.of(bits)
+    rows, need = len(stream), -(-count // words.codes) * words.bytes
+    stream = stream[:, :need] if stream.shape[1] >= need else pad(stream, (0, need - stream.shape[1]))
+    spread = words.of_bytes(stream.reshape(-1, words.bytes))
+    width = 8 * words.codes
+    while width > 8:
+        half, have = width // 2, bits * width // 16
+        low = spread & _fields(words.codes, width, have, 0)
+        spread = low.bitwise_or_((spread << half - have).bitwise_and_(_fields(words.codes, width, have, half)))
+        width = half
+    codes = _octets(spread).view(rows, need // words.bytes * words.codes)
+    return codes if codes.shape[1] == count else codes[:, :count].contiguous()
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Integers that codes are packed in, as many in each as fill whole bytes: first in a byte each, then side by side.
+
+    Two halves of every field come together at a time, which is a handful of operations on whole words.
+    """
+
+    codes: int
+    bytes: int
+
+    @classmethod
+    def of(cls, bits: int) -> "_Words":
+        codes = 8 // gcd(bits, 8)
+        return cls(codes, codes * bits // 8)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.codes]
+
+    def of_bytes(self, octets: Tensor) -> Tensor:
+        """A word for each row of uint8 (words, at most `codes`), the first one lowest."""
+        if octets.shape[1] == 1:
+            return octets.flatten().to(self._dtype, copy=True)
+        if octets.shape[1] < self.codes or octets.storage_offset() % self.codes:
+            octets = pad(octets, (0, self.codes - octets.shape[1])).clone()
+        return (octets if sys.byteorder == "little" else octets.flip(1)).flatten().view(self._dtype)
+
+    def to_bytes(self, words: Tensor) -> Tensor:
+        """The lowest `bytes` of each word, one after the other."""
+        if self.bytes == 1:
+            return words.to(torch.uint8)
+        return _octets(words).view(-1, self.codes)[:, : self.bytes].flatten()
+
+
+def _octets(words: Tensor) -> Tensor:
+    """All bytes of words, lowest first."""
+    size = words.element_size()
+    octets = words.view(torch.uint8)
+    return octets if sys.byteorder == "little" else octets.view(-1, size).flip(1).flatten()
+
+
+def _fields(octets: int, every: int, bits: int, start: int) -> int:
+    """A mask for a word of so many bytes: `bits` bits from `start` on, once in `every` bits."""
+    return sum(((1 << bits) - 1) << start + place for place in range(0, 8 * octets, every))
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:

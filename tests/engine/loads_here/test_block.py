@@ -1,10 +1,12 @@
-"""One block is read before tuning, by real children: a writer's faults end the job then, and nothing else does."""
+"""One block is read beside tuning, by real children: a writer's faults end the job then, and nothing else does."""
 
 import json
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -33,6 +35,32 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     monkeypatch.setattr(block, "open_writer", opened)
 
 
+def read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the block be read before the job goes on, as where its first passes take longer."""
+    real = block.begin
+
+    def begun(*given: Any) -> block.BlockCheck:
+        check = real(*given)
+        assert check.reports is not None
+        wait([check.reports])
+        return check
+
+    monkeypatch.setattr(block, "begin", begun)
+
+
+class Heard(list[AttemptLine]):
+    """What a job tells; `last_block` once its last block is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_block = Event()
+
+    def append(self, line: AttemptLine) -> None:
+        super().append(line)
+        if isinstance(line, BlockEvent) and line.index + 1 == line.total:
+            self.last_block.set()
+
+
 TUNED = {"method": "signround", "steps": 1}
 
 
@@ -49,10 +77,11 @@ def test_a_job_that_tunes_nothing_is_computed_beside_the_reading_and_writes_no_c
 
 
 @pytest.mark.parametrize("name", [each if each in OFTEN else pytest.param(each, marks=SLOW) for each in FAULTS])
-def test_a_fault_ends_the_job_before_anything_is_tuned(
+def test_a_fault_that_is_known_ends_the_job_before_anything_is_tuned(
     small_model: Path, tmp_path: Path, reads: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     plant(monkeypatch, FAULTS[name])
+    read_at_once(monkeypatch)
     lines: list[AttemptLine] = []
     with pytest.raises(RuntimeDidNotLoad) as caught:
         run_job(small_model, tmp_path, lines, order=reads, **TUNED)
@@ -65,6 +94,31 @@ def test_a_fault_ends_the_job_before_anything_is_tuned(
     assert not any(isinstance(line, BlockEvent) for line in lines)
     assert not (tmp_path / "output").exists()
     assert not (tmp_path / "reading" / "block").exists()
+
+
+@pytest.mark.parametrize("further", [{}, {"finetune": TEXTS_TO_LEARN}], ids=["blocks alone", "and training"])
+def test_tuning_does_not_wait_for_the_reading_and_ends_with_it(
+    small_model: Path,
+    tmp_path: Path,
+    reads: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    further: dict[str, Any],
+) -> None:
+    """Reading that ends with the last block alone: all blocks are tuned beside it, and nothing comes after them."""
+    plant(monkeypatch, FAULTS[OFTEN[1]])
+    lines, read = Heard(), vars(block)["_read_all"]
+
+    def late(*given: Any) -> Any:
+        assert lines.last_block.wait(60)
+        return read(*given)
+
+    monkeypatch.setattr(block, "_read_all", late)
+    with pytest.raises(RuntimeDidNotLoad):
+        run_job(small_model, tmp_path, lines, order=reads, **TUNED, **further)
+    assert sum(isinstance(line, BlockEvent) for line in lines) > 1
+    stages = {line.stage for line in lines if isinstance(line, ProgressEvent)}
+    assert Stage.QUANTIZE in stages
+    assert not stages & {Stage.FINETUNE, Stage.EVALUATE, Stage.EXPORT}
 
 
 @pytest.mark.parametrize(

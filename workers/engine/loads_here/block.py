@@ -2,8 +2,8 @@
 
 The first block is rounded to nearest in the job's own schemes and exported by the very writers of the job's formats, as
 a checkpoint of one layer (`workers.engine.loads_here.cut`). Runtimes of the worker load it, and their logits are
-compared with the engine's for the same numbers. They read beside the job's first stages; before tuning it waits for
-them.
+compared with the engine's for the same numbers. They read beside the job: a failure ends it before the next
+block is tuned, and training does not begin before all is known.
 
 A failure may be the cut's: some types are no model with one layer. So the cut model is read unquantized then, and where
 that fails too, nothing was checked.
@@ -61,6 +61,11 @@ class BlockCheck:
     cut: CutCheckpoint | None
     reports: Future[list[LoadReport]] | None
     skipped: tuple[LoadReport, ...] = ()
+
+    @property
+    def is_known(self) -> bool:
+        """True if `result` does not wait."""
+        return self.reports is None or self.reports.done()
 
     def result(self) -> tuple[LoadReport, ...]:
         """The reports, when all are there.

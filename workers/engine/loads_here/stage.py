@@ -48,18 +48,27 @@ class Verification:
                 self._running = block.begin(job, self.checks, self._reading)
 
     def checked(self, quantize: Callable[[Job, Callable[[], object]], Quantized]) -> Callable[[Job], Quantized]:
-        """The stage that quantizes, with one block in the job's schemes read back before the first is tuned.
+        """The stage that quantizes, while one block in the job's schemes is read back.
 
-        Where nothing is tuned no hours are at stake: it is read beside everything that comes before the checkpoints.
+        Blocks are tuned meanwhile, and none after a failure is known. Where nothing is tuned no hours are at stake: the
+        block is read beside everything that comes before the checkpoints.
         """
 
         def run(job: Job) -> Quantized:
             self.begin(job)
             if job.model.device.type == "cuda" and any(check.runtime is Runtime.VLLM for check in self.checks):
                 self.demand_block()  # else both would count on the GPU's free memory
-            return quantize(job, self.demand_block)
+            quantized = quantize(job, self.look_at_block)
+            if job.spec.observes_inputs():
+                self.demand_block()
+            return quantized
 
         return run
+
+    def look_at_block(self) -> None:
+        """`demand_block`, where that does not wait."""
+        if self._running is not None and self._running.is_known:
+            self.demand_block()
 
     def demand_block(self) -> None:
         """Wait for the block's reports.

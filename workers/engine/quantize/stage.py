@@ -36,7 +36,7 @@ class Quantized:
 def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
     """Finishes every block that an earlier attempt has not finished; all of them are durable then.
 
-    ready   called before the first block is given to a method that tunes, when the passes through it are done, and may
+    ready   called before each block is given to a method that tunes, when the passes through it are done, and may
             refuse to go on
 
     Raises:
