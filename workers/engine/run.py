@@ -31,6 +31,7 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
     inputs.ask()
     with verification(order, workspace) as checks:
         inputs.try_model()
+        reporter.log("model_tried", limited=inputs.limited)
         if order.request.exports:
             inputs.texts()  # the tokenizer is tried before this process loads it
             return exports.run(order, workspace, reporter, checks.exported)

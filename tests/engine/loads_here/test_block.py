@@ -62,6 +62,10 @@ class Heard(list[AttemptLine]):
 
 
 TUNED = {"method": "signround", "steps": 1}
+TRAINED = {
+    "adapter": {"kind": "lora", "rank": 2},
+    "finetune": {"dataset": "builtin", "sequence_length": 64, "steps": 1},
+}
 
 
 @pytest.mark.slow
@@ -96,7 +100,7 @@ def test_a_fault_that_is_known_ends_the_job_before_anything_is_tuned(
     assert not (tmp_path / "reading" / "block").exists()
 
 
-@pytest.mark.parametrize("further", [{}, {"finetune": TEXTS_TO_LEARN}], ids=["blocks alone", "and training"])
+@pytest.mark.parametrize("further", [pytest.param({}, id="blocks"), pytest.param(TRAINED, id="training", marks=SLOW)])
 def test_tuning_does_not_wait_for_the_reading_and_ends_with_it(
     small_model: Path,
     tmp_path: Path,
