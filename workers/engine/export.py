@@ -54,7 +54,7 @@ def run(job: Job, results: Results, read: ReadFiles | None = None) -> ResultLine
     job.clock.enter(Stage.EXPORT)
     trained, evaluated = None if results.finetuned is None else results.finetuned.trained, results.evaluated
     exported = _write(job, trained, identity_of(job, results))
-    job.reporter.log("files_written", formats=[name.value for name in exported.writers])
+    job.reporter.log("files_written", formats=", ".join(name.value for name in exported.writers))
     if read is not None:
         results = replace(results, loads=read(job, trained))
         job.clock.enter(Stage.EXPORT)
