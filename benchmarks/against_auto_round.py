@@ -79,8 +79,8 @@ def in_half(model: Any, device: torch.device) -> Any:
 class QualityMeter:
     """Perplexity and KL to the original over the first sequences of a text."""
 
-    def __init__(self, model: str, text: str, sequences: int, device: str) -> None:
-        self._sequences = windows(AutoTokenizer.from_pretrained(model), text, EVALUATION_LENGTH)[:sequences].to(device)
+    def __init__(self, model: str, text: str, sequences: int, device: str, length: int = EVALUATION_LENGTH) -> None:
+        self._sequences = windows(AutoTokenizer.from_pretrained(model), text, length)[:sequences].to(device)
         self._original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
 
     @torch.inference_mode()
@@ -92,7 +92,7 @@ class QualityMeter:
             target = sequence[0, 1:, None]
             kl = (theirs.exp() * (theirs - ours)).sum()
             sums += torch.stack([-ours.gather(1, target).sum(), -theirs.gather(1, target).sum(), kl]).double()
-        nll, nll_original, kl = (sums / (len(self._sequences) * (EVALUATION_LENGTH - 1))).tolist()
+        nll, nll_original, kl = (sums / (len(self._sequences) * (self._sequences.shape[-1] - 1))).tolist()
         return {"perplexity": math.exp(nll), "perplexity_original": math.exp(nll_original), "kl": kl}
 
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.request.job_request import JobRequest
-from benchmarks.against_auto_round import QualityMeter, parse_scheme, read_text, windows
+from benchmarks.against_auto_round import EVALUATION_LENGTH, QualityMeter, parse_scheme, read_text, windows
 from benchmarks.few_bits.generations import Prompts
 from benchmarks.few_bits.published import BLOCKS
 from benchmarks.few_bits.texts import cut, free_sequences, mixed, read_rows, written_sequences
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--sequences", type=int, default=32, help="of the texts to choose and to publish by")
+    parser.add_argument("--judged-length", type=int, default=EVALUATION_LENGTH, help="tokens of them")
     parser.add_argument("--steps", type=int, default=200, help="of a block")
     parser.add_argument("--learning-rate", type=float, help="of blocks")
     given = parser.parse_args()
@@ -263,7 +264,8 @@ def main() -> None:
         calibration_path=calibration,
         device=device,
     )
-    meters = [QualityMeter(model, read_text(text), given.sequences, device) for text in (given.choice, *given.valid)]
+    size = (given.sequences, device, given.judged_length)
+    meters = [QualityMeter(model, read_text(text), *size) for text in (given.choice, *given.valid)]
     scales.run = stage_of(given, model, meters)
     with (
         tempfile.TemporaryDirectory() as folder,
