@@ -68,6 +68,7 @@ class Done(Exception):
 
 def apply(setting: dict[str, float]) -> None:
     """Makes a setting's numbers those of the engine."""
+    moving_codes.REACH_STEPS = 10**9  # a setting says the pace itself
     moving_codes.PACE_CODES = setting.get("pace", PACE)
     moving_codes.BOX = setting.get("box", BOX)
     tuning.LEARNING_RATE = setting.get("rate", RATE)

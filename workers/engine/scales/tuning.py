@@ -203,8 +203,9 @@ class ScaleTuning:
             recomputed=fit.recomputed,
         )
         rules, moving = task.rules, blocks.scales.moving
-        if rules.shared:
-            for codes in moving:
+        for codes in moving:
+            codes.spread(task.steps)
+            if rules.shared:
                 codes.share_squares()
         return cls(
             task=task,
