@@ -200,7 +200,8 @@ def _figures(report: Report) -> dict[str, Any]:
     }
 
 
-def order(cell: Cell, given: argparse.Namespace) -> AttemptOrder:
+def order(cell: Cell, given: argparse.Namespace, length: int | None = None) -> AttemptOrder:
+    """The job of a cell; its calibration in sequences of `length` tokens, or of as many as its preset says."""
     model, calibration, valid = (str(Path(p).resolve()) for p in (given.model, given.calibration, given.valid))
     from_file = cell.text == "file"
     dataset = {"source": "local", "path": calibration} if from_file else {"source": cell.text}
@@ -208,7 +209,7 @@ def order(cell: Cell, given: argparse.Namespace) -> AttemptOrder:
     body = {
         "model": model,
         "quantization": dict(cell.quantization),
-        "calibration": {"dataset": dataset},
+        "calibration": {"dataset": dataset} | ({} if length is None else {"sequence_length": length}),
         "evaluation": {
             "dataset": {"source": "local", "path": valid},
             "num_samples": 32,

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", required=True)
     parser.add_argument("--bits", nargs="+", type=int, default=[4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--length", type=int, help="tokens of a calibration sequence; else the preset's")
     parser.add_argument("--seconds", type=float, default=540, help="begin no job later than this")
     parser.add_argument("--output", type=Path, default=Path("schedule-quality.jsonl"))
     given = parser.parse_args()
@@ -56,7 +57,7 @@ def measured(given: argparse.Namespace, case: str, bits: int, seed: int) -> dict
     steps, batch, *rest = case.split("/")
     halves, gradients = float(rest[0]) if rest else 0.0, rest[1] if len(rest) > 1 else "exact"
     asked = {"method": "signround", "group_size": 64, "bits": bits, "steps": int(steps), "batch_size": int(batch)}
-    given_order = order(Cell(case, bits, seed, asked), given)
+    given_order = order(Cell(case, bits, seed, asked), given, given.length)
     with (
         tempfile.TemporaryDirectory() as folder,
         scheduled(halves, gradients),

@@ -70,8 +70,8 @@ from workers.numerics.quantized import AffineWeight, BlockWeight, LinearResult, 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 """Limits of alpha and beta: a full range may only shrink, a searched one may also widen."""
 
-GRADIENTS: Gradients = "exact"
-"""Products that gradients are made by."""
+GRADIENTS: Gradients = "quick"
+"""Products that gradients are made by: their signs are all that is used."""
 
 SWEEPS = 2
 """Of coordinate descent after GPTQ's last column, where llama.cpp's types begin."""

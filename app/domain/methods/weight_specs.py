@@ -14,6 +14,9 @@ from app.domain.methods.any_method import (
 )
 from bitwright.formats import Form
 
+MANY_STEPS = 200
+"""Of SignRound: with fewer, all sequences of all steps are needed."""
+
 
 class RTNSpec(NamedSchemeSpec):
     """Round to nearest. Looks at the weights alone, but for llama.cpp's types, whose search weighs them by inputs."""
@@ -162,8 +165,8 @@ class SignRoundSpec(NamedSchemeSpec):
         return (self.steps - self.half_batches()) * batch + self.half_batches() * max(1, batch // 2)
 
     def half_batches(self) -> int:
-        """First steps that read half of their batch."""
-        return 0
+        """First steps that read half of their batch: while steps are large, more sequences do not make them better."""
+        return self.steps * 3 // 4 if self.preset == "default" and self.steps >= MANY_STEPS else 0
 
     def end_to_end_steps(self) -> int:
         """The spec's `scale_steps`."""
