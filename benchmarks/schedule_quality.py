@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from benchmarks.cells import Cell
 from benchmarks.results import order
 from benchmarks.schedule_probe import scheduled
@@ -33,11 +35,30 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", required=True)
     parser.add_argument("--bits", nargs="+", type=int, default=[4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--blocks", type=int, help="of the model, which is cut after them: several times quicker")
     parser.add_argument("--length", type=int, help="tokens of a calibration sequence; else the preset's")
     parser.add_argument("--seconds", type=float, default=540, help="begin no job later than this")
     parser.add_argument("--output", type=Path, default=Path("schedule-quality.jsonl"))
     given = parser.parse_args()
     until = time.monotonic() + given.seconds
+    with tempfile.TemporaryDirectory() as folder:
+        if given.blocks is not None:
+            given.model = cut(given.model, given.blocks, Path(folder))
+        measure(given, until)
+
+
+def cut(model: str, blocks: int, folder: Path) -> str:
+    """The model without what comes after its first blocks, in `folder`."""
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    whole.model.layers = whole.model.layers[:blocks]
+    whole.config.num_hidden_layers = blocks
+    whole.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return str(folder)
+
+
+def measure(given: argparse.Namespace, until: float) -> None:
+    """The jobs that no line is there of, until it is time; and a summary."""
     known = [json.loads(line) for line in given.output.read_text().splitlines()] if given.output.exists() else []
     done = {(line["case"], line["bits"], line["seed"]) for line in known}
     for seed in given.seeds:
