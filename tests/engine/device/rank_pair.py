@@ -33,9 +33,10 @@ AFTER_AN_ERROR = 20.0
 
 
 class RankPair:
-    """Runs a function of the rank and other arguments on both ranks at once."""
+    """Runs a function of the rank and other arguments on both ranks, or on `size` of them, at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
+        self._size = size
         self._start()
 
     def _start(self) -> None:
@@ -45,7 +46,7 @@ class RankPair:
         context = spawn if torch.cuda.is_available() else fork
         self._connections: list[Connection] = []
         self._processes = []
-        for rank in range(SIZE):
+        for rank in range(self._size):
             mine, theirs = context.Pipe()
             process = context.Process(target=serve, args=(rank, theirs), daemon=True)
             process.start()
