@@ -166,7 +166,7 @@ class SignRoundSpec(NamedSchemeSpec):
 
     def half_batches(self) -> int:
         """First steps that read half of their batch: while steps are large, more sequences do not make them better."""
-        return self.steps * 3 // 4 if self.preset == "default" and self.steps >= MANY_STEPS else 0
+        return self.steps * 3 // 4 if self.steps >= MANY_STEPS else 0
 
     def end_to_end_steps(self) -> int:
         """The spec's `scale_steps`."""
