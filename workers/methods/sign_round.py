@@ -63,6 +63,7 @@ from workers.numerics.backends.rounding_operators import GridSettings, Groups
 from workers.numerics.blocks.search import search_blocks
 from workers.numerics.blocks.tuned_blocks import TunedBlocks
 from workers.numerics.blocks.warm_up import block_warm_ups
+from workers.numerics.eight_bits import backward as eight_bits
 from workers.numerics.floats.tuned_floats import TunedFloats
 from workers.numerics.learned_ranges import steps, working_dtype
 from workers.numerics.quantized import AffineWeight, BlockWeight, LinearResult, Number
@@ -101,6 +102,8 @@ def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
     calls: list[Callable[[], object]] = []
     kernels, dtypes = rounding_kernels(kinds.device, kinds.dtype), (kinds.dtype, kinds.scale_dtype)
     counted = kernels.offset_unit(spec.steps, 1.0) is not None
+    if GRADIENTS != "exact" and any(eight_bits.pays(kinds.device, kinds.dtype, (n, n)) for n, _ in kinds.linears):
+        calls += eight_bits.warm_ups(kinds.device, kinds.dtype)
     for columns, scheme in kinds.linears:
         if scheme.blocks is not None:
             blocks = block_rounding_kernels(kinds.device, kinds.dtype)

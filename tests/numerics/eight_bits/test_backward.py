@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.numerics.eight_bits.backward import backward, pays, serves
+from workers.numerics import backend
+from workers.numerics.eight_bits import cast_kernels
+from workers.numerics.eight_bits.backward import backward, pays, serves, warm_ups
+from workers.numerics.eight_bits.casts import EightBits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS, OUT, IN = 512, 48, 64
@@ -85,3 +88,21 @@ def test_shapes_that_products_exist_for() -> None:
     assert serves((48, 64))
     assert not serves((48, 63))
     assert not pays(torch.device("cpu"), torch.bfloat16, (4096, 4096))
+
+
+def test_warm_ups_cast_as_backward_passes_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def recorded(x: Tensor, *, lying: bool, turned: bool) -> EightBits:
+        seen.append((lying, turned))
+        return cast_kernels.cast(x, lying=lying, turned=turned)
+
+    monkeypatch.setattr(backend, "cast_to_eight_bits", lambda *_: recorded)
+    g, x, w = factors("even")
+    backward(g, x, w, torch.empty_like(w), adds=False, by_input=True)
+    backward(g, x, w, torch.empty_like(w), adds=False, by_input=False)
+    of_passes = set(seen)
+    seen.clear()
+    for call in warm_ups(torch.device(DEVICE), torch.bfloat16):
+        call()
+    assert set(seen) == of_passes

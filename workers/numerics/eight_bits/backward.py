@@ -15,6 +15,9 @@ minibatch would turn it as well, and in sums weighted by |D| hardly any does.
 GPUs multiply FP8 matrices that both lie along the dimension that is summed over, hence the transposed copies.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -39,6 +42,12 @@ def pays(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> bo
     if not backend.triton_serves(device, dtype) or dtype != torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(device) >= CAPABILITY and serves(shape) and min(shape) >= SMALLEST
+
+
+def warm_ups(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """Casts of a small matrix, which compile them."""
+    cast, x = backend.cast_to_eight_bits(device, dtype), torch.ones(MULTIPLE, MULTIPLE, dtype=dtype, device=device)
+    return [partial(cast, x, lying=lying, turned=True) for lying in (False, True)]
 
 
 def backward(
