@@ -51,7 +51,7 @@ def main() -> None:
 def measured(task: BlockTask, case: str) -> dict[str, float]:
     steps, batch, *rest = case.split("/")
     halves, gradients = float(rest[0]) if rest else 0.0, rest[1] if len(rest) > 1 else "exact"
-    spec = SignRoundSpec(steps=int(steps), batch_size=int(batch))
+    spec = SignRoundSpec(steps=int(steps), batch_size=int(batch), quick_steps=True)
     with scheduled(halves, gradients):
         if task.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -65,7 +65,7 @@ def measured(task: BlockTask, case: str) -> dict[str, float]:
 def scheduled(halves: float, gradients: str) -> Iterator[None]:
     """SignRound with a part of its steps, from the first on, on half batches, and gradients of such products."""
     with (
-        patch.object(sign_round, "GRADIENTS", gradients),
+        patch.object(sign_round, "QUICK_GRADIENTS", gradients),
         patch.object(SignRoundSpec, "half_batches", lambda spec: round(halves * spec.steps)),
     ):
         yield

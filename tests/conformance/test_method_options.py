@@ -33,6 +33,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "learning_rate": 0.01,
         "scale_search": False,
         "quantized_inputs": False,
+        "quick_steps": True,
     },
     "loftq": {"base": "affine", "double_quantization": True, "rank": 8, "alpha": 3.0, "iterations": 1},
     "apiq": {

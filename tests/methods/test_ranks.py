@@ -120,10 +120,9 @@ def settings_of(spec: WeightSpec, *, ranks: int = 1, samples: int = 8) -> Tuning
     [
         (OmniQuantSpec(epochs=5, batch_size=2), TuningSettings(20, 2, 5e-3, "constant")),
         (OmniQuantSpec(epochs=3, batch_size=3, learning_rate=0.1), TuningSettings(6, 3, 0.1, "constant")),
-        (SignRoundSpec(steps=50, batch_size=4), TuningSettings(50, 4, 0.02, gradients="quick")),
-        (SignRoundSpec(steps=50, batch_size=2, learning_rate=0.3), TuningSettings(50, 2, 0.3, gradients="quick")),
-        (SignRoundSpec(steps=200), TuningSettings(200, 8, 0.005, half_batches=150, gradients="quick")),
-        (SignRoundSpec(steps=100), TuningSettings(100, 8, 0.01, gradients="quick")),
+        (SignRoundSpec(steps=50, batch_size=4), TuningSettings(50, 4, 0.02, "linear")),
+        (SignRoundSpec(steps=50, batch_size=2, learning_rate=0.3), TuningSettings(50, 2, 0.3, "linear")),
+        (SignRoundSpec(quick_steps=True), TuningSettings(200, 8, 0.005, half_batches=150, gradients="quick")),
         (ApiQSpec(steps=40, batch_size=2), TuningSettings(40, 2, 5e-3, "constant")),
         (ApiQSpec(steps=40, range_learning_rate=0.2), TuningSettings(40, 1, 0.2, "constant")),
     ],

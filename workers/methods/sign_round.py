@@ -71,8 +71,8 @@ from workers.numerics.quantized import AffineWeight, BlockWeight, LinearResult, 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 """Limits of alpha and beta: a full range may only shrink, a searched one may also widen."""
 
-GRADIENTS: Gradients = "quick"
-"""Products that gradients are made by: their signs are all that is used."""
+QUICK_GRADIENTS: Gradients = "quick"
+"""Products that gradients of quick steps are made by: their signs are all that is used."""
 
 SWEEPS = 2
 """Of coordinate descent after GPTQ's last column, where llama.cpp's types begin."""
@@ -87,7 +87,11 @@ class SignRound(KernelMethod[SignRoundSpec]):
     def quantize_block(self, task: BlockTask, spec: SignRoundSpec) -> BlockResult:
         rate = spec.learning_rate or 1 / max(spec.steps, 1)
         settings = TuningSettings(
-            spec.steps, spec.batch_size, rate, half_batches=spec.half_batches(), gradients=GRADIENTS
+            spec.steps,
+            spec.batch_size,
+            rate,
+            half_batches=spec.half_batches(),
+            gradients=QUICK_GRADIENTS if spec.quick_steps else "exact",
         )
         source = task if spec.quantized_inputs else replace(task, inputs=task.inputs_fp)
         starts = compensated(task) if spec.steps else {}
@@ -102,7 +106,7 @@ def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
     calls: list[Callable[[], object]] = []
     kernels, dtypes = rounding_kernels(kinds.device, kinds.dtype), (kinds.dtype, kinds.scale_dtype)
     counted = kernels.offset_unit(spec.steps, 1.0) is not None
-    if GRADIENTS != "exact" and any(eight_bits.pays(kinds.device, kinds.dtype, (n, n)) for n, _ in kinds.linears):
+    if spec.quick_steps and any(eight_bits.pays(kinds.device, kinds.dtype, (n, n)) for n, _ in kinds.linears):
         calls += eight_bits.warm_ups(kinds.device, kinds.dtype)
     for columns, scheme in kinds.linears:
         if scheme.blocks is not None:
