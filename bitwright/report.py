@@ -124,6 +124,7 @@ class ScaleReport(ReportPart):
     kept: bool = Field(description="False: the tuned scales were no better there, so the old ones stayed.")
     held_out: int = Field(description="Calibration sequences for validation, which were never trained on.")
     further: int = Field(default=0, description="Sequences that this stage alone has seen, some of them held out.")
+    written: int = Field(default=0, description="Those of them that the original model wrote itself.")
     micro_batch: int = Field(description="Sequences that went through the model at once.")
     blocks_recomputed: int = Field(description="Blocks whose activations did not fit and were computed again.")
     captured: bool = Field(description="Whether a step was replayed as one CUDA graph.")

@@ -69,9 +69,9 @@ def _zero_points(info: MethodInfo) -> str:
 def presets_table() -> str:
     rows = []
     for name, preset, p in ((name, *item) for name, info in METHODS.items() for item in info.presets.items()):
-        coarse = {**p.coarse, **({"further_samples": p.further} if p.further else {})}
         finer = "; integers up to 3 bits, MXFP4, llama.cpp's up to 4: "
-        sets = finer.join(_fields(own) for own in (p.spec, coarse) if own)
+        sets = finer.join(_fields(own) for own in (p.spec, {**p.coarse, **p.more_text()}) if own)
+        sets += f"; MXFP4: {_fields(p.fp4)}" if p.fp4 else ""
         rows.append([f"`{name}`", f"`{preset}`", sets, str(p.num_samples), str(p.sequence_length)])
     return table(("method", "preset", "sets", "sequences", "tokens per sequence"), rows)
 

@@ -116,7 +116,7 @@ def _estimate(request: JobRequest, inspection: Inspection, dimensions: Dimension
     checkpoint, bits = sizes["bytes_checkpoint"], sum(matrix.native_bits for matrix in matrices)
     activations = _activation_bytes(request, dimensions)
     tuned = tuned_sequences(request) > 0
-    # The model writes its own calibration text, which takes all of it and a third of that for keys and values.
+    # The model writes text of its own, which takes all of it and a third of that for keys and values.
     generated = calibration_tokens(request) > 0 and isinstance(request.calibration.dataset, GeneratedText)
     resident = inspection.tensor_bytes * 4 // 3 if generated else 0
     if request.evaluation is not None and request.evaluation.tasks:

@@ -56,7 +56,9 @@ def further_tokens(request: JobRequest) -> int:
     """Tokens that only end-to-end steps see; none where there are no such steps."""
     if request.base_job is not None or not request.quantization.end_to_end_steps():
         return 0
-    return request.calibration.further_samples * request.calibration.sequence_length
+    # As many as are written where the text has no further ones.
+    text = request.calibration
+    return max(text.further_samples, text.written_samples) * text.sequence_length
 
 
 def evaluation_tokens(request: JobRequest) -> int:

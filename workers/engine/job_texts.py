@@ -20,7 +20,7 @@ from workers.engine.reporter import Reporter
 from workers.engine.tasks.reading import check_rows, read_task
 from workers.engine.text.documents import Notes
 from workers.engine.text.finetuning_texts import FinetuningTexts, read_finetuning_texts
-from workers.engine.text.generated import Generation, generated_sequences
+from workers.engine.text.generated import Generation, generated_sequences, with_written
 from workers.engine.text.mixture import Probe, mixed_sequences, starved_parts
 from workers.engine.text.sequences import Sequences, calibration_sequences, evaluation_sequences
 
@@ -86,6 +86,8 @@ def read_texts(
     if _calibrates(order):
         if generation is not None and isinstance(request.calibration.dataset, GeneratedText):
             texts = replace(texts, calibration=generated_sequences(request.calibration, request.seed, generation))
+        if generation is not None:
+            texts = replace(texts, calibration=_with_written(request, texts.calibration, generation, reporter))
         calibration = texts.calibration
         starved = None if calibration is None else starved_calibration(request, calibration.text_tokens)
         if starved is not None:
@@ -107,6 +109,19 @@ def read_texts(
     for starved in starved_parts(texts.probes, request.calibration.num_samples):
         reporter.warning("starved_kind", starved)
     return replace(texts, probes=(*_of_calibration(request, texts), *texts.probes))
+
+
+def _with_written(
+    request: JobRequest, calibration: Sequences | None, generation: Generation, reporter: Reporter
+) -> Sequences | None:
+    """The calibration's text with what the model is to write beside it."""
+    if calibration is None or not request.quantization.end_to_end_steps():
+        return calibration
+    by = replace(generation, kept=generation.kept.with_name("written.safetensors"))
+    found = with_written(request.calibration, calibration, request.seed, by)
+    if found is not calibration and not found.written:
+        reporter.warning("no_written_text", "the model wrote no text to be tuned on: it does not fit whole")
+    return found
 
 
 def _check_tasks(model: StreamedModel, request: JobRequest, asked: Sequence[AskedTask]) -> None:

@@ -235,7 +235,7 @@ def _texts(
         read = inputs.texts()
         tokenizer = load_tokenizer(model.checkpoint.folder, " and ".join(readers))
         files = (lambda: read) if inputs.limited else partial(read_files, order, tokenizer)
-        generation = _generation(order, workspace, model, tokenizer, reporter, rank)
+        generation = _generation(workspace, model, tokenizer, reporter, rank)
     return read_texts(order, model, reporter, files, generation)
 
 
@@ -248,19 +248,17 @@ def _base_job(order: AttemptOrder, model: StreamedModel, quantized: set[str]) ->
 
 
 def _generation(
-    order: AttemptOrder,
     workspace: Path,
     model: StreamedModel,
     tokenizer: PreTrainedTokenizerBase,
     reporter: Reporter,
     rank: int,
 ) -> Generation:
-    total = order.request.calibration.num_samples
     return Generation(
         checkpoint=model.checkpoint,
         tokenizer=tokenizer,
         device=model.device,
         kept=workspace / "generated.safetensors",
         leads=rank == 0,
-        tick=lambda done: reporter.progress(Stage.CALIBRATE, done, total, "sequences"),
+        tick=lambda done, total: reporter.progress(Stage.CALIBRATE, done, total, "sequences"),
     )

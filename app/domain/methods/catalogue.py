@@ -16,7 +16,7 @@ from app.domain.methods.block_presets import MIXES
 from app.domain.methods.clipping_specs import OmniQuantSpec
 from app.domain.methods.codebook_specs import NormalFloatSpec
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
-from app.domain.methods.named_schemes import COARSE, COARSE_BITS
+from app.domain.methods.named_schemes import BLOCK_SCHEMES, COARSE, COARSE_BITS
 from app.domain.methods.schemes import MAX_BITS, MIN_BITS
 from app.domain.methods.weight_specs import AWQSpec, GPTQSpec, RTNSpec, SignRoundSpec
 from bitwright.formats import Form
@@ -34,7 +34,8 @@ class Preset:
 
     coarse   fields that have another value where a scheme of the request is coarse: integers up to 3 bits, MXFP4, one
              of llama.cpp's up to 4 bits, or a mix of these
-    further  `further_samples` of the calibration there
+    fp4      the same where one is MXFP4, whose codes go slower
+    further, written   `further_samples` and `written_samples` of the calibration where a scheme is coarse
     """
 
     spec: Mapping[str, int]
@@ -42,15 +43,24 @@ class Preset:
     sequence_length: int
     coarse: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     further: int = 0
+    written: int = 0
+    fp4: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     def fields(self, schemes: Iterable[object]) -> dict[str, int]:
         """The spec's for the bits and schemes that a request names, whatever stands there."""
-        return {**self.spec, **(self.coarse if is_coarse(schemes) else {})}
+        named = tuple(schemes)
+        coarse, fp4 = self.coarse if is_coarse(named) else {}, self.fp4 if has_fp4(named) else {}
+        return {**self.spec, **coarse, **fp4}
 
     def text(self, schemes: Iterable[object]) -> dict[str, int]:
         """The calibration's size, for the same."""
-        further = {"further_samples": self.further} if self.further and is_coarse(schemes) else {}
-        return {"num_samples": self.num_samples, "sequence_length": self.sequence_length, **further}
+        more = self.more_text() if is_coarse(schemes) else {}
+        return {"num_samples": self.num_samples, "sequence_length": self.sequence_length, **more}
+
+    def more_text(self) -> dict[str, int]:
+        """Fields of the calibration where a scheme is coarse."""
+        fields = {"further_samples": self.further, "written_samples": self.written}
+        return {name: count for name, count in fields.items() if count}
 
 
 COARSE_MIXES = frozenset(name for name, mix in MIXES.items() if mix.base in COARSE)
@@ -67,12 +77,25 @@ def is_coarse(schemes: Iterable[object]) -> bool:
     )
 
 
+def has_fp4(schemes: Iterable[object]) -> bool:
+    """True if one of them is a coarse one of floating point."""
+    return any(isinstance(named, str) and named.lower() in COARSE - BLOCK_SCHEMES for named in schemes)
+
+
 SIGNROUND_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
     {
         "light": Preset({"steps": 50, "scale_steps": 0}, num_samples=128, sequence_length=2048),
         "default": Preset({"steps": 200, "scale_steps": 0}, num_samples=128, sequence_length=2048),
         "best": Preset({"steps": 200, "scale_steps": 100}, 128, 2048, MappingProxyType({"scale_steps": 400}), 512),
-        "max": Preset({"steps": 200, "scale_steps": 400}, 128, 2048, MappingProxyType({"scale_steps": 1200}), 1920),
+        "max": Preset(
+            {"steps": 200, "scale_steps": 400},
+            128,
+            2048,
+            MappingProxyType({"scale_steps": 1200}),
+            1920,
+            1024,
+            MappingProxyType({"scale_steps": 1600}),
+        ),
     }
 )
 

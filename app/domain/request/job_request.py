@@ -67,6 +67,14 @@ class Calibration(RequestPart):
         description="Sequences of the rest of the text, as many as there are, that only the end-to-end steps of "
         "`signround` see (`scale_steps`).",
     )
+    written_samples: int = Field(
+        default=0,
+        strict=True,
+        ge=0,
+        le=4096,
+        description="Sequences that the model writes itself where the text has fewer than `further_samples`, half of "
+        "them after places of the text; for the same steps.",
+    )
 
     @property
     def sequences(self) -> int:

@@ -31,6 +31,10 @@ def test_a_preset_gives_few_bits_more_text(bits: int, steps: int, further: int) 
         assert request.calibration.tokens_read == (128 + further) * 2048
     given = JobRequest.parse({**body, "bits": bits, "calibration": {"further_samples": 3}})
     assert given.calibration.further_samples == 3
+    most = JobRequest.parse({**body, "preset": "max", "bits": bits})
+    assert most.calibration.written_samples == (1024 if bits <= 3 else 0)
+    given = JobRequest.parse({**body, "preset": "max", "bits": bits, "calibration": {"written_samples": 0}})
+    assert given.calibration.written_samples == 0
 
 
 @pytest.mark.parametrize(
@@ -45,4 +49,6 @@ def test_a_preset_takes_more_steps_where_codes_move(scheme: str, steps: int) -> 
     body = {"model": "org/name", "method": "signround", "preset": "best", "scheme": scheme}
     assert JobRequest.parse(body).quantization.model_dump()["scale_steps"] == steps
     assert JobRequest.parse({**body, "scale_steps": 7}).quantization.model_dump()["scale_steps"] == 7
+    most = {"mxfp4": 1600, "mxfp4a16": 1600}.get(scheme, 1200 if steps == 400 else 400)
+    assert JobRequest.parse({**body, "preset": "max"}).quantization.model_dump()["scale_steps"] == most
     assert JobRequest.parse({**body, "preset": "light"}).quantization.model_dump()["scale_steps"] == 0

@@ -95,17 +95,18 @@ def test_places_move_as_by_adam_of_the_library(dtype: torch.dtype, rtol: float) 
     torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * 0.2)
 
 
-def test_codes_of_fp4_reach_no_farther_with_more_steps() -> None:
+def test_codes_of_fp4_go_slower_in_more_steps() -> None:
     moved = {}
     for axis in (FloatAxis(element_of(MXFP4), element_table(MXFP4, torch.device("cpu"))), IntegerAxis(2)):
-        for steps in (100, 400, 1600):
+        for steps in (100, 400, 500, 1600):
             moving, one = MovingCodes(1, axis, torch.zeros(1, 16)), torch.tensor(1.0)
             moving.spread(steps)
             moving.gradient.fill_(-1.0)
             moving.move(torch.tensor(0.01 / FAST), (one / 10, one / 20), (0.9, 0.95))
             moved[type(axis), steps] = float(moving.place[0, 0])
     assert moved[FloatAxis, 100] == moved[FloatAxis, 400] == moved[IntegerAxis, 1600] == pytest.approx(0.01)
-    assert moved[FloatAxis, 1600] == pytest.approx(0.0025)
+    assert moved[FloatAxis, 500] == pytest.approx(0.008)
+    assert moved[FloatAxis, 1600] == pytest.approx(0.005)
 
 
 def test_no_place_leaves_the_grid_and_what_is_not_finite_moves_nothing() -> None:

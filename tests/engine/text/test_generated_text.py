@@ -12,8 +12,8 @@ from app.domain.request.job_request import Calibration
 from app.domain.request.sources import GeneratedText
 from tests.engine.conftest import run_job
 from workers.engine.model.checkpoint import Checkpoint
-from workers.engine.text.generated import Generation, generated_sequences
-from workers.engine.text.sequences import load_tokenizer
+from workers.engine.text.generated import PREFIXES, Generation, generated_sequences, with_written
+from workers.engine.text.sequences import Sequences, load_tokenizer
 
 PART = Calibration(dataset=GeneratedText(), num_samples=48, sequence_length=40)
 
@@ -25,7 +25,7 @@ def generation(model: Path, kept: Path) -> Generation:
         device=torch.device("cpu"),
         kept=kept,
         leads=True,
-        tick=lambda _: None,
+        tick=lambda *_: None,
     )
 
 
@@ -75,6 +75,68 @@ def test_a_job_calibrates_on_it(small_model: Path, tmp_path: Path) -> None:
     assert report.calibration is not None
     assert (report.calibration.source, report.calibration.tokens) == ("generated", 256)
     assert report.quality is not None
+
+
+def text_beside(further: int) -> Sequences:
+    """A text of rows of ever larger tokens, so that a place of it is known again."""
+    ids = torch.arange(10, 10 + 5 * 40).view(5, 40)
+    return Sequences(ids, "x", further=torch.full((further, 40), 7) if further else None)
+
+
+def test_what_is_written_beside_a_text_begins_with_places_of_it_or_freely(small_model: Path, tmp_path: Path) -> None:
+    by, text = generation(small_model, tmp_path / "written.safetensors"), text_beside(0)
+    config = Calibration(written_samples=40, num_samples=5, sequence_length=40)
+    found = with_written(config, text, 3, by)
+    assert found.further is not None
+    assert (found.written, tuple(found.further.shape)) == (40, (40, 40))
+    assert torch.equal(found.ids, text.ids)
+    inner = found.further[:, 1:] if (found.further[:, 0] == by.tokenizer.bos_token_id).all() else found.further
+    runs = [(row[1:] == row[:-1] + 1).long().cumprod(0).sum().item() + 1 for row in inner]
+    placed = [run for run in runs if run >= min(PREFIXES)]
+    assert len(placed) == 20
+    assert {min(prefix, 20) for prefix in PREFIXES} <= set(placed)
+    assert len({tuple(row.tolist()) for row in found.further}) == 40
+    assert torch.equal(with_written(config, text, 99, replace(by, leads=False)).further, found.further)
+    other = with_written(config, text, 3, replace(by, kept=tmp_path / "again.safetensors"))
+    assert torch.equal(other.further, found.further)
+
+
+@pytest.mark.parametrize(
+    ("own", "further", "written", "expected"), [(3, 8, 4, 4), (6, 8, 4, 2), (8, 8, 4, 0), (3, 0, 4, 4), (0, 0, 0, 0)]
+)
+def test_as_much_is_written_as_the_text_has_too_little(
+    own: int, further: int, written: int, expected: int, small_model: Path, tmp_path: Path
+) -> None:
+    config = Calibration(written_samples=written, further_samples=further, num_samples=5, sequence_length=40)
+    text = text_beside(own)
+    found = with_written(config, text, 0, generation(small_model, tmp_path / "written.safetensors"))
+    assert found.written == expected
+    assert (0 if found.further is None else len(found.further)) == own + expected
+    if own and expected:
+        assert found.further is not None
+        assert text.further is not None
+        assert torch.equal(found.further[:own], text.further)
+
+
+def test_a_model_without_room_writes_nothing(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Generation, "free", 1000.0)
+    config = Calibration(written_samples=4, num_samples=5, sequence_length=40)
+    found = with_written(config, text_beside(0), 0, generation(small_model, tmp_path / "written.safetensors"))
+    assert (found.written, found.further) == (0, None)
+
+
+def test_a_job_is_tuned_end_to_end_on_what_the_model_writes(small_model: Path, tmp_path: Path) -> None:
+    text = {"num_samples": 12, "sequence_length": 32, "written_samples": 9}
+    asked = {"method": "signround", "bits": 2, "group_size": 16, "steps": 2, "batch_size": 4, "scale_steps": 4}
+    report = run_job(small_model, tmp_path, calibration=text, evaluation=None, **asked).report
+    assert report.scales is not None
+    assert (report.scales.further, report.scales.written) == (9, 9)
+    assert (tmp_path / "written.safetensors").exists()
+    plain = run_job(small_model, tmp_path / "b", calibration=text, evaluation=None, **(asked | {"scale_steps": 0}))
+    assert plain.report.scales is None
+    assert not (tmp_path / "b" / "written.safetensors").exists()
 
 
 def test_only_calibration_may_be_generated(small_model: Path, tmp_path: Path) -> None:

@@ -35,10 +35,10 @@ from workers.numerics.floats.elements import LAST_INDEX, code_of_index, from_ind
 
 PACE_CODES = 0.5
 """Of x, in parts of the rate of scales: at the highest rate a thousandth of a code a step."""
-REACH_STEPS = 400
-"""Steps of FP4's codes at that pace: with more they go as much slower, so that a place reaches no farther. Of MXFP4 800
-steps at half the pace and 1,600 at a quarter were better than 400; at the full one 800 were worse. Integers of 2 bits
-gain from 1,200 at the full pace."""
+REACH_STEPS, SLOWEST = 400, 0.5
+"""Steps of FP4's codes at that pace: with more they go slower by as much, down to half of it. 800 and 1,600 steps at
+half the pace were better than 400; at the full one 800 were worse. Integers of 2 bits gain from 1,200 at the full pace.
+"""
 BOX = 0.49
 """The farthest that a place starts from its code."""
 MOVED = COARSE | COMPENSATED
@@ -199,7 +199,7 @@ class MovingCodes:
     def spread(self, steps: int) -> None:
         """Slows FP4's codes down for that many steps."""
         if isinstance(self._axis, FloatAxis):
-            self.pace = min(1.0, REACH_STEPS / max(1, steps))
+            self.pace = max(SLOWEST, min(1.0, REACH_STEPS / max(1, steps)))
 
     def share_squares(self) -> None:
         """Makes v one number a group from now on: the mean of D^2 over it."""

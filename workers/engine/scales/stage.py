@@ -59,7 +59,8 @@ def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleRepo
         job.reporter.warning("scale_tuning_skipped", f"scales were not tuned end to end: {outcome.reason}")
         return None
     further = 0 if quantized.further is None else job.processes.total(len(quantized.further.original))
-    report = _report(outcome, steps, time.perf_counter() - started, further)
+    written = 0 if not further or job.texts.calibration is None else job.texts.calibration.written
+    report = _report(outcome, steps, time.perf_counter() - started, further, written)
     if any(map(moves_codes, job.block_schemes.values())) and not outcome.fit.codes:
         job.reporter.warning("codes_not_tuned", "codes stay as they are: to tune them, too, memory is too small")
     if report.kept:
@@ -127,7 +128,7 @@ def _progress(reporter: Reporter, steps: int) -> Callable[[int], None]:
     return tick
 
 
-def _report(outcome: ScaleOutcome, steps: int, seconds: float, further: int = 0) -> ScaleReport:
+def _report(outcome: ScaleOutcome, steps: int, seconds: float, further: int = 0, written: int = 0) -> ScaleReport:
     return ScaleReport(
         steps=steps,
         kl_initial=outcome.divergence_initial,
@@ -135,6 +136,7 @@ def _report(outcome: ScaleOutcome, steps: int, seconds: float, further: int = 0)
         kept=outcome.is_better,
         held_out=outcome.held_out,
         further=further,
+        written=written,
         micro_batch=outcome.fit.micro_batch,
         blocks_recomputed=outcome.fit.recomputed,
         captured=outcome.captured,

@@ -5,13 +5,17 @@ sequences differ; every further token is drawn from the model's own distribution
 the text, which is never drawn. The whole model is in memory meanwhile. Left out of the paper: the three to five most
 likely tokens after the first one, which would make sequences alike.
 
+Beside a text, the model writes pieces of 512 tokens: half begin with such a token, half with 16 to 64 tokens of a place
+of the text; shuffled, some make a sequence.
+
 What was drawn is kept in the workspace: a resumed attempt and every rank read the same sequences.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +33,10 @@ from workers.engine.model.meta_model import configuration, model_class, model_dt
 from workers.engine.model.overflow import original_overflows
 from workers.engine.text.sequences import Sequences, writes_start
 
-MOST_AT_ONCE = 128
+MOST_AT_ONCE, MOST_PIECES_AT_ONCE = 128, 2048
+"""Sequences, and pieces, which are short."""
+PIECE, PREFIXES = 512, (16, 32, 48, 64)
+"""Tokens of a piece at the most, and of the text at its beginning."""
 CACHE_SHARE = 0.25
 """Of the free memory, for keys and values."""
 HOST_CACHE_BYTES = 2 << 30
@@ -45,8 +52,18 @@ class Generation:
     device: torch.device
     kept: Path
     leads: bool
-    tick: Callable[[int], None]
-    """Told how many sequences are drawn."""
+    tick: Callable[[int, int], None]
+    """Told how many sequences are drawn, and of how many."""
+
+    @property
+    def fits(self) -> bool:
+        """True if the whole model finds room."""
+        return self.checkpoint.size <= (1 - CACHE_SHARE) * self.free
+
+    @property
+    def free(self) -> float:
+        """Free bytes of a GPU; a host's memory is not asked for."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else math.inf
 
 
 def generated_sequences(config: Calibration, seed: int, by: Generation) -> Sequences:
@@ -56,44 +73,91 @@ def generated_sequences(config: Calibration, seed: int, by: Generation) -> Seque
         InvalidDataset: the whole model does not fit into the device's free memory.
         TimeoutError: another rank, which was to draw them, has not.
     """
+    ids = _kept(by, lambda: _draw(config, seed, by))
     shape = (config.num_samples, config.sequence_length)
-    if by.leads and not by.kept.exists():
-        replace_file(by.kept, save({"ids": _draw(config, seed, by)}))
-    until = time.monotonic() + PATIENCE.total_seconds()
-    while not by.kept.exists():
-        if time.monotonic() > until:
-            raise TimeoutError(f"no rank has written {by.kept.name}")
-        time.sleep(LOOK_AGAIN_SECONDS)
-    ids = load(by.kept.read_bytes())["ids"]
     if tuple(ids.shape) != shape:
         raise ValueError(f"{by.kept.name} holds {tuple(ids.shape)} tokens, not {shape}")
     return Sequences(ids, "generated")
 
 
+def with_written(config: Calibration, text: Sequences, seed: int, by: Generation) -> Sequences:
+    """A text with further sequences that the model writes itself, `written_samples` of them.
+
+    Fewer where the text has further ones of its own: together at most `further_samples`, if that is asked for. None
+    where the whole model does not fit into the device's free memory.
+
+    Raises:
+        TimeoutError: another rank, which was to draw them, has not.
+    """
+    own = 0 if text.further is None else len(text.further)
+    count = min(config.written_samples, max(0, config.further_samples - own) if config.further_samples else 4096)
+    if not count:
+        return text
+    shape = (count, config.sequence_length)
+    ids = _kept(by, lambda: _draw_pieces(shape, text.ids, seed, by) if by.fits else text.ids[:0])
+    if tuple(ids.shape) not in (shape, (0, shape[1])):
+        raise ValueError(f"{by.kept.name} holds {tuple(ids.shape)} tokens, not {shape}")
+    further = ids if text.further is None else torch.cat([text.further, ids])
+    return replace(text, further=further if len(further) else None, written=len(ids))
+
+
+def _kept(by: Generation, draw: Callable[[], Tensor]) -> Tensor:
+    """Tokens of the file that keeps them; the first of several ranks draws them, where they are not there."""
+    if by.leads and not by.kept.exists():
+        replace_file(by.kept, save({"ids": draw()}))
+    until = time.monotonic() + PATIENCE.total_seconds()
+    while not by.kept.exists():
+        if time.monotonic() > until:
+            raise TimeoutError(f"no rank has written {by.kept.name}")
+        time.sleep(LOOK_AGAIN_SECONDS)
+    return load(by.kept.read_bytes())["ids"]
+
+
 def _draw(config: Calibration, seed: int, by: Generation) -> Tensor:
     """ids, int64 (num_samples, sequence_length), on the host."""
-    model = _resident(by)
-    start = _starts(config.num_samples, seed, by)
-    at_once = _at_once(model, config.sequence_length, by.device)
+    starts = _starts(config.num_samples, seed, by)
+    return torch.cat(_continued([starts], config.sequence_length, seed, by, MOST_AT_ONCE))
+
+
+def _draw_pieces(shape: tuple[int, int], text: Tensor, seed: int, by: Generation) -> Tensor:
+    """ids, int64 of that shape (sequences, length), on the host; text: sequences of the calibration."""
+    each = math.ceil(shape[1] / PIECE)
+    piece, pieces = math.ceil(shape[1] / each), shape[0] * each
+    generator = torch.Generator().manual_seed(seed)
+    starts = [_starts(pieces - pieces // 2, seed, by)]
+    for number, prefix in enumerate(PREFIXES):
+        count = pieces // 2 * (number + 1) // len(PREFIXES) - pieces // 2 * number // len(PREFIXES)
+        width = min(prefix, piece // 2, text.shape[1])
+        rows = torch.randint(len(text), (count, 1), generator=generator)
+        offsets = torch.randint(text.shape[1] - width + 1, (count, 1), generator=generator)
+        starts.append(_after_start(text[rows, offsets + torch.arange(width)], by))
+    drawn = torch.cat(_continued([rows for rows in starts if len(rows)], piece, seed, by, MOST_PIECES_AT_ONCE))
+    shuffled = drawn[torch.randperm(len(drawn), generator=generator)]
+    return shuffled.view(shape[0], each * piece)[:, : shape[1]].contiguous()
+
+
+def _continued(starts: list[Tensor], length: int, seed: int, by: Generation, most: int) -> list[Tensor]:
+    """Starts (sequences, any length) continued to `length` tokens, on the host."""
+    model, total = _resident(by), sum(map(len, starts))
+    at_once = min(most, _room(model, length, by.device))
     drawn: list[Tensor] = []
     with _seeded(seed, by.device), torch.inference_mode():
-        if not model(start[:1].to(by.device)).logits.isfinite().all():
+        if not model(starts[0][:1].to(by.device)).logits.isfinite().all():
             raise original_overflows(model.dtype)
-        for rows in torch.split(start.to(by.device), at_once):
-            drawn.append(_continue(model, rows, config.sequence_length, by.tokenizer).cpu())
-            by.tick(sum(map(len, drawn)))
+        for rows in (rows for start in starts for rows in torch.split(start, at_once)):
+            drawn.append(_continue(model, rows.to(by.device), length, by.tokenizer).cpu())
+            by.tick(sum(map(len, drawn)), total)
     del model
     if by.device.type == "cuda":
         torch.cuda.empty_cache()  # what is free decides where activations live
-    return torch.cat(drawn)
+    return drawn
 
 
 def _resident(by: Generation) -> PreTrainedModel:
-    needed = by.checkpoint.size
-    free = torch.cuda.mem_get_info(by.device)[0] if by.device.type == "cuda" else None
-    if free is not None and needed > (1 - CACHE_SHARE) * free:
+    if not by.fits:
+        needed, free = by.checkpoint.size >> 20, int(by.free) >> 20
         raise InvalidDataset(
-            f"to generate text the model must fit whole: it takes {needed >> 20} MiB, {free >> 20} MiB are free",
+            f"to generate text the model must fit whole: it takes {needed} MiB, {free} MiB are free",
             field="calibration.dataset",
             value="generated",
             hint='calibrate on a text of yours or on "builtin", which need one block at a time',
@@ -119,12 +183,17 @@ def _starts(count: int, seed: int, by: Generation) -> Tensor:
     special = set(by.tokenizer.all_special_ids)
     usual = torch.tensor([i for i in range(len(by.tokenizer)) if i not in special])
     first = usual[torch.randint(len(usual), (count, 1), generator=generator)]
+    return _after_start(first, by)
+
+
+def _after_start(rows: Tensor, by: Generation) -> Tensor:
+    """Rows behind the token that the tokenizer begins a text with, if there is one."""
     if not writes_start(by.tokenizer):
-        return first
-    return torch.cat([torch.full_like(first, int(by.tokenizer.bos_token_id)), first], dim=1)
+        return rows
+    return torch.cat([torch.full_like(rows[:, :1], int(by.tokenizer.bos_token_id)), rows], dim=1)
 
 
-def _at_once(model: PreTrainedModel, length: int, device: torch.device) -> int:
+def _room(model: PreTrainedModel, length: int, device: torch.device) -> int:
     """Sequences whose keys and values fit."""
     config = model.config.get_text_config()
     # A layer without heads keeps a state that does not grow; as much as attention's is the most that it can be.
@@ -133,7 +202,7 @@ def _at_once(model: PreTrainedModel, length: int, device: torch.device) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // queries
     per_sequence = 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize
     room = CACHE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else HOST_CACHE_BYTES
-    return max(1, min(MOST_AT_ONCE, int(room // per_sequence)))
+    return max(1, int(room // per_sequence))
 
 
 def _continue(model: PreTrainedModel, rows: Tensor, length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:

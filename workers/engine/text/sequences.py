@@ -47,7 +47,9 @@ class Sequences:
     text_tokens: int | None = None
     """Tokens of the whole text, where sequences overlap."""
     further: Tensor | None = None
-    """Sequences of the same text and length besides, that only end-to-end steps see."""
+    """Sequences of the same length besides, that only end-to-end steps see: of the same text, then written ones."""
+    written: int = 0
+    """Those of them that the model wrote itself."""
 
     @property
     def sha256(self) -> str:
