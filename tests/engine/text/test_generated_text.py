@@ -12,6 +12,7 @@ from app.domain.request.job_request import Calibration
 from app.domain.request.sources import GeneratedText
 from tests.engine.conftest import run_job
 from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.text import generated
 from workers.engine.text.generated import PREFIXES, Generation, generated_sequences, with_written
 from workers.engine.text.sequences import Sequences, load_tokenizer
 
@@ -127,13 +128,19 @@ def test_a_model_without_room_writes_nothing(
     assert (found.written, found.further) == (0, None)
 
 
-def test_a_job_is_tuned_end_to_end_on_what_the_model_writes(small_model: Path, tmp_path: Path) -> None:
+def test_a_job_is_tuned_end_to_end_on_what_the_model_writes_once(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = {"num_samples": 12, "sequence_length": 32, "written_samples": 9}
-    asked = {"method": "signround", "bits": 2, "group_size": 16, "steps": 2, "batch_size": 4, "scale_steps": 4}
+    asked = {"method": "signround", "bits": 2, "group_size": 16, "steps": 4, "batch_size": 4, "scale_steps": 20}
     report = run_job(small_model, tmp_path, calibration=text, evaluation=None, **asked).report
     assert report.scales is not None
     assert (report.scales.further, report.scales.written) == (9, 9)
-    assert (tmp_path / "written.safetensors").exists()
+    card = (tmp_path / "output" / "native" / "README.md").read_text()
+    assert "codes changed, on 9 sequences that the model wrote besides" in card
+    monkeypatch.setattr(generated, "_draw_pieces", None)
+    again = run_job(small_model, tmp_path, calibration=text, evaluation=None, **asked).report
+    assert (again.blocks_resumed, again.scales) == (len(report.blocks), report.scales)
     plain = run_job(small_model, tmp_path / "b", calibration=text, evaluation=None, **(asked | {"scale_steps": 0}))
     assert plain.report.scales is None
     assert not (tmp_path / "b" / "written.safetensors").exists()

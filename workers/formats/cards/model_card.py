@@ -300,6 +300,7 @@ def _tuned_end_to_end(scales: ScaleReport) -> str:
     norms = f"{scales.norms} norms"
     if scales.codes is not None:
         along = f", {norms} and codes" if scales.norms else " and codes"
-        return f"Scales{along} tuned end to end in {scales.steps} steps, {scales.codes:,} codes changed"
+        written = f", on {scales.written:,} sequences that the model wrote besides" if scales.written else ""
+        return f"Scales{along} tuned end to end in {scales.steps} steps, {scales.codes:,} codes changed{written}"
     along = f" and {norms}" if scales.norms else ""
     return f"Scales{along} tuned end to end in {scales.steps} steps, codes fixed"
