@@ -297,7 +297,9 @@ def _round_weights(  # type: ignore[no-untyped-def]
             d_scale += d_zero * alpha * low / (scale * scale)
             d_alpha = -d_zero * low / scale - d_scale * low / (2.0**BITS - 1)
             d_beta = d_scale * high / (2.0**BITS - 1)
-        tl.atomic_add(FAULTS, tl.sum((d_scale != d_scale).to(tl.int32), 0))  # noqa: PLR0124 - NaN alone differs
+        number = tl.sum((d_scale != d_scale).to(tl.int32), 0)  # noqa: PLR0124 - NaN alone differs
+        if number > 0:  # thousands of programs that add nothing to one number wait for one another
+            tl.atomic_add(FAULTS, number)
         moves = rate
         if OFFSET.dtype.element_ty == tl.int16:
             moves = (rate / unit + TO_NEAREST) - TO_NEAREST
