@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from app.domain.methods import ApiQSpec, OmniQuantSpec, Scheme, SchemeName, SignRoundSpec, WeightSpec
 from tests.engine.model.random_models import LENGTH, PECULIARITIES, save_random_model
 from workers.contracts.blocks import BlockTask
+from workers.contracts.results import BlockResult
 from workers.engine.device import cuda_graphs
 from workers.engine.model import fused_blocks
 from workers.engine.model.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from workers.methods.sign_round import SignRound
 from workers.numerics import clipped_groups
 from workers.numerics.backends import float_rounding_operators
 from workers.numerics.floats import tuned_floats
+from workers.numerics.quantized import LinearResult
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,10 +66,14 @@ def tune(
     micro_batch: int = 4,
     scheme: Scheme = SCHEME,
     spec: WeightSpec = SIGN_ROUND,
+    bases: dict[str, LinearResult] | None = None,
 ) -> Tuned:
     """Tunes one block of a checkpoint on random hidden states, the same everywhere.
 
     Their channels go together, as a model's do: for independent ones rounding to nearest leaves nothing to gain.
+
+    bases   results of another method that `spec` starts from: where empty, those of this run are left there; None to
+            start from this run's own
     """
     place = torch.device(device)
     model = StreamedModel.open(Checkpoint.open(folder), place)
@@ -77,6 +83,15 @@ def tune(
     inputs = torch.randn(32, LENGTH, CAUSES, generator=generator) @ mixing
     inputs = inputs.to(place, model.dtype)
     log: list[str] = []
+
+    def quantize(task: BlockTask, other: WeightSpec) -> BlockResult:
+        if bases:
+            return BlockResult({name: moved(base, place) for name, base in bases.items()})
+        result = method_of(other).quantize_block(task, other)
+        if bases is not None:
+            bases.update(result.linears)
+        return result
+
     with model.loaded(model.layout.block(index)), torch.no_grad():
         block = model.blocks[index]
         linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
@@ -98,7 +113,7 @@ def tune(
             micro_batch=micro_batch,
             tick=lambda _: None,
             tune=lambda *_: None,  # type: ignore[arg-type]
-            quantize=lambda task, other: method_of(other).quantize_block(task, other),
+            quantize=quantize,
         )
         first = one_step_gradient(task)
         task = replace(task, tune=Tuner(lambda event, **_: log.append(event)).tune)
@@ -108,6 +123,13 @@ def tune(
     assert result.loss_initial is not None
     codes = torch.cat([linear.weight.codes.flatten().cpu() for linear in result.linears.values()])
     return Tuned(first, codes, float(result.loss_initial), float(result.loss), log)
+
+
+def moved(result: LinearResult, device: torch.device) -> LinearResult:
+    affine = result.affine
+    zero = None if affine.zero_point is None else affine.zero_point.to(device)
+    weight = replace(affine, codes=affine.codes.to(device), scale=affine.scale.to(device), zero_point=zero)
+    return replace(result, weight=weight)
 
 
 def one_step_gradient(task: BlockTask) -> Tensor:
@@ -189,19 +211,25 @@ def test_grids_of_floats_agree_and_are_captured(
 def test_clipped_ranges_and_low_rank_factors_agree_and_are_captured(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernels of a captured step, torch's operators on the same GPU, and the CPU."""
+    """The kernels of a captured step, torch's operators on the same GPU, and the CPU.
+
+    All from the same codes where another method's are the start: two hundred steps by signs lead two devices apart.
+    """
     save_random_model(tmp_path, "llama", dtype=dtype)
-    captured, on_cpu = (tune(tmp_path, device, spec=LEARNED[name]) for device in ("cuda", "cpu"))
+    bases: dict[str, LinearResult] = {}
+    on_cpu, captured = (tune(tmp_path, device, spec=LEARNED[name], bases=bases) for device in ("cpu", "cuda"))
     assert captured.log == []
     exact = dtype == torch.float32
     limits = {"gradient": 1e-5 if exact else 0.05, "codes": 0.98 if exact else 0.9, "loss": 0.02 if exact else 0.2}
     assert_agree(captured, on_cpu, **limits)
-    again = tune(tmp_path, "cuda", spec=LEARNED[name])
-    assert torch.equal(captured.codes, again.codes)
+    own, again = (tune(tmp_path, "cuda", spec=LEARNED[name]) for _ in range(2))
+    assert own.log == []
+    assert torch.equal(own.codes, again.codes)
+    assert own.loss < own.loss_initial
     with monkeypatch.context() as patched:
         patched.setattr(clipped_groups, "clipping_kernels", lambda *_: None)
         patched.setattr(apiq, "factor_kernels", lambda *_: None)
-        plain = tune(tmp_path, "cuda", spec=LEARNED[name])
+        plain = tune(tmp_path, "cuda", spec=LEARNED[name], bases=bases)
     assert plain.log == []
     assert_agree(captured, plain, **limits)
 
