@@ -84,10 +84,10 @@ def tune(
     inputs = inputs.to(place, model.dtype)
     log: list[str] = []
 
-    def quantize(task: BlockTask, other: WeightSpec) -> BlockResult:
+    def quantize(task: BlockTask, spec: WeightSpec) -> BlockResult:
         if bases:
             return BlockResult({name: moved(base, place) for name, base in bases.items()})
-        result = method_of(other).quantize_block(task, other)
+        result = method_of(spec).quantize_block(task, spec)
         if bases is not None:
             bases.update(result.linears)
         return result
@@ -213,7 +213,7 @@ def test_clipped_ranges_and_low_rank_factors_agree_and_are_captured(
 ) -> None:
     """The kernels of a captured step, torch's operators on the same GPU, and the CPU.
 
-    All from the same codes where another method's are the start: two hundred steps by signs lead two devices apart.
+    All from the same codes where another method's are the start, so that what differs is not the start.
     """
     save_random_model(tmp_path, "llama", dtype=dtype)
     bases: dict[str, LinearResult] = {}
