@@ -47,6 +47,8 @@ ARMS: MappingProxyType[str, AdapterArm] = MappingProxyType(
         "bayesian-lora": AdapterArm(
             "bayesian-lora", {3: 3, 16: 16}, {3: 2e-3, 16: 5e-4}, fields={"gate_learning_rate": 0.05}
         ),
+        # The default rate of the gates, which follows from the steps, so that they can close.
+        "bayesian-lora closing gates": AdapterArm("bayesian-lora", {3: 3, 16: 16}, {3: 2e-3, 16: 5e-4}),
         "lora from apiq": AdapterArm("lora", {3: 3, 16: 16}, {3: 1e-3, 16: 5e-4}, apiq=True),
     }
 )

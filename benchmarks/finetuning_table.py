@@ -1,6 +1,6 @@
 """The tables that docs/results.md shows of the finetuned cells; a cell that was not measured is shown as missing."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from statistics import fmean
 
 from benchmarks.cells import Cell
@@ -11,14 +11,15 @@ Show = Callable[[Sequence[Line]], str]
 
 
 def finetuning_tables(measured: Sequence[Line], wanted: Iterable[Cell]) -> str:
-    """Losses before and after the merge by row and width, and what training cost."""
+    """Losses before and after the merge by row and width, what training cost, and what gates saved."""
+    wanted = list(wanted)
     rows, widths = by_row(measured, wanted)
     header = ["adapter, budget", *(f"{bits:g} bits" for bits in widths)]
+    gated = {cell.arm for cell in wanted if cell.training and cell.training["adapter"]["kind"] == "bayesian-lora"}
 
-    def shown(show: Show) -> str:
-        return table(
-            header, [[row, *(_cell(columns.get(bits), show) for bits in widths)] for row, columns in rows.items()]
-        )
+    def shown(show: Show, only: Collection[str] = tuple(rows)) -> str:
+        cells = [[row, *(_cell(of.get(bits), show) for bits in widths)] for row, of in rows.items() if row in only]
+        return table(header, cells)
 
     return "\n\n".join(
         [
@@ -29,6 +30,8 @@ def finetuning_tables(measured: Sequence[Line], wanted: Iterable[Cell]) -> str:
             shown(lambda cells: _mean(cells, "loss")),
             "Trained parameters, seconds of training, tokens per second, peak memory:",
             shown(_cost),
+            "Share of the adapter's bit operations that gates saved, against the same ranks at 16 bits:",
+            shown(_saved, gated),
         ]
     )
 
@@ -50,6 +53,11 @@ def _held_out(measured: Sequence[Line]) -> str:
 def _mean(measured: Sequence[Line], name: str) -> str:
     values = [line[name] for line in measured]
     return f"{fmean(values):.4f}{spread(values)}"
+
+
+def _saved(measured: Sequence[Line]) -> str:
+    values = [100 * line["bit_operations_saved"] for line in measured]
+    return f"{fmean(values):.1f} %{spread(values)}"
 
 
 def _cost(measured: Sequence[Line]) -> str:

@@ -83,7 +83,7 @@ WATCHED = {
     "AWQ: statistics": ["workers.methods.awq.observe"],
     "AWQ: search of scales": ["workers.methods.awq.search_scale"],
     "AWQ: rounding, search of clips": ["workers.methods.awq.quantize_weight"],
-    "LoftQ: factors": ["workers.methods.loftq.best_factors"],
+    "LoftQ: factors": ["workers.methods.loftq.FollowedFactors.of"],
     "LQ-LoRA: factors": [f"workers.methods.lq_lora.{name}" for name in ("weighted_factors", "FollowedFactors.of")],
     "LQ-LoRA: rest of decompositions": ["workers.methods.lq_lora.decompose"],
     "LQ-LoRA: scores, rest": ["workers.methods.lq_lora.LQLoRA.candidate_errors"],

@@ -49,6 +49,7 @@ FINETUNING = MappingProxyType(
         "q-bara": "2407.17029",
         "qa-hira": "2407.17029",
         "bayesian-lora": "2406.13046",
+        "bayesian-lora closing gates": "2406.13046",
         "lora from apiq": "2402.05147",
     }
 )

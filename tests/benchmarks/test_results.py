@@ -75,7 +75,13 @@ def test_the_table_of_finetuning_shows_losses_before_and_after_the_merge() -> No
     cells = [Cell("a, rank 3", 2, seed, {}) for seed in (0, 1)]
     figures = {"loss": 2.5, "merged": 3.25, "parameters": 1000, "tokens_per_second": 5000, "seconds": 20, "peak_gib": 2}
     found = [{"key": c.key, "held_out": 3.0 + c.seed / 5} | figures for c in cells]
-    made = finetuning_tables(found, [*cells, Cell("b, rank 3", 2, 0, {})])
+    gated = Cell("c, rank 3", 2, 0, {}, training={"adapter": {"kind": "bayesian-lora"}})
+    found.append({"key": gated.key, "held_out": 3.0, "bit_operations_saved": 0.771} | figures)
+    made = finetuning_tables(found, [*cells, Cell("b, rank 3", 2, 0, {}), gated])
+    losses, saved = made.split("Share of the adapter's bit operations")
+    assert "| c, rank 3 | 77.1 % |" in saved
+    assert "a, rank 3" not in saved
+    assert "c, rank 3" in losses
     assert "| a, rank 3 | 3.1000 ± 0.100, merged 3.2500 ± 0.000 |" in made
     assert "| a, rank 3 | 1,000, 20 s, 5,000, 2.0 GiB |" in made
     assert "| b, rank 3 | missing |" in made

@@ -330,7 +330,7 @@ def test_inputs_that_are_partly_not_finite_are_refused_or_left_out(name: str, va
 @pytest.mark.parametrize("name", ["loftq", "lq-lora"])
 def test_factors_of_large_linears_are_drawn_by_the_block_s_seed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_rank, "EXACT_UP_TO", 8)
-    monkeypatch.setattr(low_rank, "OVERSAMPLED", 2)
+    monkeypatch.setattr(low_rank, "BESIDES", 2)
     monkeypatch.setattr(low_rank, "FOLLOWED_BESIDES", 2)
     spec = quick(name, iterations=1)
     first, again, other = (quantized(name, replace(task_for(spec), seed=seed), spec) for seed in (7, 7, 8))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from app.domain.methods import Form, LoftQSpec, Scheme
 from tests.methods.toy_block import toy_task
-from workers.methods.loftq import LoftQ, iterates, quantizer
+from workers.methods.loftq import Iterate, LoftQ, Quantize, iterates, quantizer
 from workers.methods.rtn import quantize_weight
 from workers.numerics.normal_float import quantize
 from workers.numerics.quantized import AffineWeight, CodebookWeight, QuantizedAbsmax
@@ -27,6 +27,11 @@ def scheme(bits: int, group_size: int = 16, *, symmetric: bool = True) -> Scheme
 def weight() -> Tensor:
     scales = torch.linspace(0.3, 3, 24).unsqueeze(1)
     return torch.randn(24, 64, generator=torch.Generator().manual_seed(2)) * scales
+
+
+def alone(w: Tensor, quantize_: Quantize, rank: int, count: int) -> list[Iterate]:
+    """Iterates of a batch of one."""
+    return [only for (only,) in iterates(w[None], [quantize_], rank, count, seed=0)]
 
 
 CASES = [
@@ -49,7 +54,7 @@ def test_the_second_half_step_never_raises_the_error_of_its_quantized_weight(
 ) -> None:
     assert isinstance(spec.bits, int)
     w, to = weight().double(), scheme(spec.bits, symmetric=symmetric)
-    found = list(iterates(w, quantizer(spec, to, F32, torch.float64), 4, 6, seed=0))
+    found = alone(w, quantizer(spec, to, F32, torch.float64), 4, 6)
     for now in found:
         assert now.error <= now.before
         q = now.quantized.dequantize()
@@ -69,12 +74,34 @@ def test_the_result_is_the_best_iterate() -> None:
     worse = 0
     for name, linear in result.linears.items():
         w = task.linear(name).weight.detach()
-        found = list(iterates(w, quantizer(spec, scheme(2), F32, F32), 4, 12, task.seed))
+        found = alone(w, quantizer(spec, scheme(2), F32, F32), 4, 12)
         assert linear.low_rank is not None
         error = float((w - linear.weight.dequantize() - linear.low_rank.product()).norm())
         assert error == pytest.approx(min(iterate.error for iterate in found), rel=1e-5)
         worse += found[-1].error > 1.0001 * error
     assert worse
+
+
+def test_linears_of_one_shape_in_a_batch_end_as_each_alone() -> None:
+    """With a scheme each; sides longer than those whose decomposition is exact, so that directions are followed."""
+    w = (
+        torch.randn(3, 300, 384, generator=torch.Generator().manual_seed(6))
+        * torch.tensor([1.0, 30, 0.1])[:, None, None]
+    )
+    quantizers = [quantizer(LoftQSpec(), scheme(bits, 64), F32, F32) for bits in (2, 3, 4)]
+    together = list(iterates(w, quantizers, 16, 3, seed=5))
+    for place, quantize_ in enumerate(quantizers):
+        for batch, (single,) in zip(together, iterates(w[place, None], [quantize_], 16, 3, seed=5), strict=True):
+            assert batch[place].error == pytest.approx(single.error, rel=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_factors_that_are_followed_are_nearly_the_best_of_every_iterate(bits: int) -> None:
+    """Against the singular values in fp64 of what each iterate's own quantized weight leaves."""
+    w = torch.randn(288, 320, generator=torch.Generator().manual_seed(4)) @ torch.diag(torch.linspace(0.2, 2, 320))
+    for iterate in alone(w, quantizer(LoftQSpec(), scheme(bits, 64), F32, F32), 24, 5):
+        left = torch.linalg.svdvals((w - iterate.quantized.dequantize()).double())[24:].norm()
+        assert iterate.error <= float(left) * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
@@ -85,7 +112,7 @@ def test_it_equals_the_initialization_of_peft(iterations: int) -> None:
     """
     golden = load_file(GOLDEN)
     w, q, product = golden["weight"], golden[f"q{iterations}"], golden[f"b{iterations}"] @ golden[f"a{iterations}"]
-    *_, last = iterates(w, quantizer(LoftQSpec(), scheme(4, 64), F32, F32), 4, iterations, seed=0)
+    last = alone(w, quantizer(LoftQSpec(), scheme(4, 64), F32, F32), 4, iterations)[-1]
     assert (last.quantized.dequantize() - q).abs().max() < 1e-6 * q.abs().max()
     assert (last.left @ last.right - product).norm() < 1e-5 * product.norm()
     for ours, theirs in ((last.right, golden[f"a{iterations}"]), (last.left.T, golden[f"b{iterations}"].T)):

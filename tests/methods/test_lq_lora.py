@@ -10,13 +10,23 @@ from torch import Tensor
 from app.domain.methods import AbsmaxScheme, BitBudget, Candidate, LQLoRASpec, Scheme
 from tests.methods.toy_block import toy_task
 from workers.contracts.blocks import Fisher, ScoreTask
-from workers.methods.lq_lora import SCORED_ROWS, LQLoRA, RankOne, decompose, quantize, scored_rows
+from workers.methods.lq_lora import SCORED_ROWS, Decomposition, LQLoRA, RankOne, quantize, scored_rows
+from workers.methods.lq_lora import decompose as decompose_all
 from workers.numerics.low_rank import weighted_factors
 from workers.numerics.normal_float import DoubleQuantization, bits_per_weight
 from workers.numerics.quantized import CodebookWeight, QuantizedAbsmax
 
 ABSMAX = AbsmaxScheme(bits=8, dtype="float32", superblock=16)
 SCHEME = Scheme(bits=2, group_size=16, symmetric=True)
+
+
+def decompose(
+    weight: Tensor, scheme: Scheme, absmax: AbsmaxScheme, weights: RankOne, *, rank: int, iterations: int, seed: int
+) -> Decomposition:
+    """A batch of one."""
+    options = {"rank": rank, "iterations": iterations, "seed": seed}
+    (only,) = decompose_all(weight[None], [(scheme, absmax)], [weights], **options)
+    return only
 
 
 def layer(out: int = 48, width: int = 64, seed: int = 0) -> Tensor:
@@ -134,7 +144,7 @@ def test_scores_are_squared_errors_in_the_unit_of_the_information() -> None:
     fisher, whole = fisher_of(weight)
     choices = tuple(Candidate(SCHEME.model_copy(update={"bits": bits}), ABSMAX) for bits in (2, 3, 4, 8))
     task = ScoreTask(weight.bfloat16(), choices, fisher, torch.bfloat16, seed=0)
-    scores = LQLoRA().candidate_errors(task, spec)
+    (scores,) = LQLoRA().candidate_errors([task], spec)
     assert all(later < earlier / 2 for earlier, later in itertools.pairwise(scores))
     weights = RankOne.of(fisher, weight)
     left, right = weighted_factors(weight, 8, weights.rows, weights.columns)
@@ -142,7 +152,26 @@ def test_scores_are_squared_errors_in_the_unit_of_the_information() -> None:
     exact = (whole * (rest - quantize(rest, choices[1].scheme, ABSMAX).dequantize()).square()).sum()
     assert scores[1] == pytest.approx(float(exact), rel=1e-4)
     larger = replace(task, fisher=Fisher(4 * fisher.rows, 4 * fisher.columns))
-    assert LQLoRA().candidate_errors(larger, spec) == pytest.approx([4 * score for score in scores], rel=1e-4)
+    other = ScoreTask(weight.T.contiguous(), choices[:2], None, torch.bfloat16, seed=0)
+    first, between, again = LQLoRA().candidate_errors([larger, other, task], spec)
+    assert first == pytest.approx([4 * score for score in scores], rel=1e-4)
+    assert again == scores, "linears of one shape are scored together, and each gets its own"
+    assert between == LQLoRA().candidate_errors([other], spec)[0]
+    assert len(between) == 2
+
+
+def test_linears_of_one_shape_are_decomposed_together_and_end_one_by_one() -> None:
+    """Each as alone, with its own configuration, information and number of iterations."""
+    weights = torch.stack([layer(seed=seed) for seed in range(3)])
+    schemes = [(SCHEME.model_copy(update={"bits": bits}), ABSMAX) for bits in (2, 3, 4)]
+    known = [RankOne.of(fisher_of(weight)[0] if index else None, weight) for index, weight in enumerate(weights)]
+    together = decompose_all(weights, schemes, known, rank=8, iterations=30, seed=0)
+    assert len({len(each.errors) for each in together}) > 1
+    for weight, (scheme, absmax), information, found in zip(weights, schemes, known, together, strict=True):
+        single = decompose(weight, scheme, absmax, information, rank=8, iterations=30, seed=0)
+        assert found.errors == pytest.approx(single.errors, rel=1e-3)
+        assert torch.equal(found.base.codes, single.base.codes)
+        torch.testing.assert_close(found.left @ found.right, single.left @ single.right, rtol=1e-3, atol=1e-6)
 
 
 def test_some_rows_stand_for_all_of_a_larger_linear() -> None:

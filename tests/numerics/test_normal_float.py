@@ -19,8 +19,10 @@ from workers.numerics.normal_float import (
     quantiles,
     quantize,
     quantize_absmax,
+    squared_errors,
 )
 from workers.numerics.quantized import QuantizedAbsmax
+from workers.numerics.row_parts import CACHED
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DOUBLE = DoubleQuantization(8, F32, 256)
@@ -199,3 +201,24 @@ def test_nf4_is_closer_to_normal_weights_than_an_even_grid() -> None:
     ours = quantize(weight, scheme(4, 64), F32, F32).dequantize()
     even = quantize_weight(weight, scheme(4, 64), F32).dequantize()
     assert (ours - weight).square().mean() < 0.95 * (even - weight).square().mean()
+
+
+@pytest.mark.parametrize("stacked", [1, CACHED])
+def test_errors_of_many_configurations_are_those_of_each(stacked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rounding with each of them; also cut into parts, with a last superblock that is not full, and zeros."""
+    monkeypatch.setattr("workers.numerics.normal_float.CACHED", stacked)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 96, generator=generator) * torch.rand(24, 1, generator=generator)
+    weight[3] = 0
+    rows, columns = torch.rand(24, generator=generator), torch.rand(96, generator=generator)
+    choices = [
+        (Scheme(bits=bits, group_size=group, symmetric=True), DoubleQuantization(level, dtype, superblock))
+        for bits, group, level, dtype, superblock in product(
+            (4, 2, 8), (16, 96), (2, 8), (torch.bfloat16, torch.float32), (7, 256)
+        )
+    ]
+    found = squared_errors(weight, choices, rows, columns)
+    for (scheme, level), error in zip(choices, found.tolist(), strict=True):
+        rounded = quantize(weight, scheme, level, torch.float32).dequantize()
+        exact = (rows[:, None] * (weight - rounded) * columns).double().square().sum()
+        assert error == pytest.approx(float(exact), rel=1e-6)

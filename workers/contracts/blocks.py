@@ -185,6 +185,18 @@ class BlockTask:
             groups.setdefault((scheme, scheme.width(weight.shape[1])), {})[name] = weight
         return groups
 
+    def of_one_shape(self, most: int) -> list[list[str]]:
+        """Names of linears that are computed as one batch: of one shape, with `most` weights together, or one alone."""
+        by_shape: dict[torch.Size, list[str]] = {}
+        for name in self.schemes:
+            by_shape.setdefault(self.linear(name).weight.shape, []).append(name)
+        return [
+            names[first : first + count]
+            for shape, names in by_shape.items()
+            for count in (max(1, most // shape.numel()),)
+            for first in range(0, len(names), count)
+        ]
+
     def passes(self, inputs: Tensor) -> Iterator[Callable[[], Tensor]]:
         """Forward passes of the block over hidden states (sequences, length, width), a micro-batch each."""
         for rows in torch.split(inputs, self.micro_batch):
@@ -294,6 +306,6 @@ class TensorMethod(Protocol[S_contra]):
 class ScoringMethod(Protocol[S_contra]):
     """A method that says itself what a budget weighs; else that is the distance that rounding is predicted to add."""
 
-    def candidate_errors(self, task: ScoreTask, spec: S_contra) -> list[float]:
-        """An error for each candidate, in one unit for all linears of a model."""
+    def candidate_errors(self, tasks: Sequence[ScoreTask], spec: S_contra) -> list[list[float]]:
+        """For each linear of a block an error of each of its candidates, in one unit for all linears of a model."""
         ...

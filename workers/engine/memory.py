@@ -25,7 +25,9 @@ KEPT_SHARE = {"cuda": 0.05, "cpu": 0.2}
 CAPTURED_SHARE = 0.25
 """Of a GPU's memory that activations may take in finetuning if passes are to be captured."""
 FISHER_SHARE = 0.2
-"""Of the host's memory that hidden states may take while Fisher information is measured."""
+"""Of a memory that hidden states may take while Fisher information is measured: a GPU's, else the host's."""
+SQUARES_AT_ONCE = {"cuda": 1 << 28, "cpu": 1 << 22}
+"""Numbers of the gradients by one weight of several sequences, while Fisher information is measured."""
 
 LARGEST_MICRO_BATCH = 32
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16_384}

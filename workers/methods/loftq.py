@@ -7,8 +7,9 @@
     B_t, A_t = U_r sqrt(S_r), sqrt(S_r) V_r^T
     e_t      = || W - Q_t - B_t A_t ||_F           the result is the iterate with the least e_t
 
-The second half-step is optimal for its Q_t, so it never raises the error. The first one may, and more iterations are
-then worse (their own users report it): hence the best iterate, where the authors' code returns the last.
+The second half-step is optimal for its Q_t (to 1e-4 of the error, where a side is longer than 256), so it never raises
+the error. The first one may, and more iterations are then worse (their own users report it): hence the best iterate,
+where the authors' code returns the last.
 
 | symbol | variable | shape |
 |---|---|---|
@@ -16,7 +17,8 @@ then worse (their own users report it): hence the best iterate, where the author
 | Q_t | `quantized` | (out, in), as codes; the error is that of the dequantized weight in the model's dtype |
 | B_t, A_t | `left`, `right` | (out, r) and (r, in), fp32 |
 
-Reads the weights alone, one linear at a time; T quantizations and T decompositions (`workers.numerics.low_rank`).
+Reads the weights alone, a block's linears of one shape as one batch; T quantizations and T decompositions, each
+starting from the directions of the one before (`workers.numerics.low_rank`). Algorithm 1 of the paper has the SVD anew.
 
 The correction acts at full strength for every alpha: peft multiplies by alpha/r, so both factors are stored divided by
 sqrt(alpha/r) (`LowRank.of_product`). The authors' code and peft do not, and with their alpha = 16 and r = 64 add a
@@ -26,7 +28,7 @@ Different from the authors' code besides: groups lie within rows, as they do the
 Left out: their clipping to two standard deviations of a whole matrix, as uniform quantization; quantized embeddings.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,11 +40,13 @@ from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
 from workers.numerics import normal_float
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
-from workers.numerics.low_rank import best_factors
+from workers.numerics.low_rank import FollowedFactors
 from workers.numerics.normal_float import DoubleQuantization
 from workers.numerics.quantized import AffineWeight, LinearResult, LowRank, QuantizedWeight
 
 Quantize = Callable[[Tensor], QuantizedWeight]
+BATCH = 1 << 27
+"""Weights that are computed together at the most."""
 
 
 @dataclass(frozen=True)
@@ -57,32 +61,50 @@ class Iterate:
 
 
 class LoftQ:
+    @torch.no_grad()
     def quantize_block(self, task: BlockTask, spec: LoftQSpec) -> BlockResult:
-        results, latest = {}, 0
-        for done, (name, scheme) in enumerate(task.schemes.items()):
-            weight = task.linear(name).weight
-            quantize = quantizer(spec, scheme, task.scale_dtype, weight.dtype)
-            candidates = list(iterates(weight.float(), quantize, spec.rank, spec.iterations, task.seed))
-            best = min(range(len(candidates)), key=lambda t: candidates[t].error)
-            chosen, latest = candidates[best], max(latest, best + 1)
-            low_rank = LowRank.of_product(chosen.left, chosen.right, spec.alpha, weight.dtype)
-            results[name] = LinearResult(chosen.quantized, low_rank)
-            task.tick((done + 1) / len(task.schemes))
-        return BlockResult(results, counters={"latest_best_iterate": float(latest)})
+        results, latest = dict[str, LinearResult](), 0
+        for names in task.of_one_shape(BATCH):
+            weights = [task.linear(name).weight for name in names]
+            dtype = weights[0].dtype
+            quantizers = [quantizer(spec, task.schemes[name], task.scale_dtype, dtype) for name in names]
+            batch = torch.stack([weight.float() for weight in weights])
+            chosen, last = best_iterates(iterates(batch, quantizers, spec.rank, spec.iterations, task.seed))
+            for name, best in zip(names, chosen, strict=True):
+                low_rank = LowRank.of_product(best.left, best.right, spec.alpha, dtype)
+                results[name] = LinearResult(best.quantized, low_rank)
+            latest = max(latest, last)
+            task.tick(len(results) / len(task.schemes))
+        return BlockResult(
+            {name: results[name] for name in task.schemes}, counters={"latest_best_iterate": float(latest)}
+        )
+
+
+def best_iterates(found: Iterable[list[Iterate]]) -> tuple[list[Iterate], int]:
+    """The iterate of the least error for each linear, and the number of the last one among them, from 1."""
+    best, numbers = dict[int, Iterate](), dict[int, int]()
+    for number, iterates_ in enumerate(found, 1):
+        for place, iterate in enumerate(iterates_):
+            if place not in best or iterate.error < best[place].error:
+                best[place], numbers[place] = iterate, number
+    return list(best.values()), max(numbers.values())
 
 
 @torch.no_grad()
-def iterates(weight: Tensor, quantize: Quantize, rank: int, count: int, seed: int) -> Iterator[Iterate]:
-    """Iterates 1 to `count` for W (out, in), fp32 or fp64."""
-    product = torch.zeros_like(weight)
+def iterates(
+    weights: Tensor, quantizers: Sequence[Quantize], rank: int, count: int, seed: int
+) -> Iterator[list[Iterate]]:
+    """Iterates 1 to `count` for each W of a batch (linears, out, in), fp32 or fp64, with a quantizer each."""
+    product, ones = torch.zeros_like(weights), torch.ones_like(weights)
+    factors = FollowedFactors(rank, ones[..., 0], ones[..., 0, :], seed)
     for _ in range(count):
-        quantized = quantize(weight - product)
-        rest = weight - quantized.dequantize().to(weight.dtype)
+        quantized = [quantize(w) for quantize, w in zip(quantizers, weights - product, strict=True)]
+        rest = weights - torch.stack([each.dequantize().to(weights.dtype) for each in quantized])
         before = torch.linalg.matrix_norm(rest - product)
-        left, right = best_factors(rest, rank, seed)
+        left, right = factors.of(rest)
         product = left @ right
-        error = torch.linalg.matrix_norm(rest - product)
-        yield Iterate(quantized, left, right, float(before), float(error))
+        errors = torch.stack([before, torch.linalg.matrix_norm(rest - product)]).tolist()
+        yield [Iterate(*each) for each in zip(quantized, left, right, *errors, strict=True)]
 
 
 def quantizer(spec: LoftQSpec, scheme: Scheme, scale_dtype: torch.dtype, dtype: torch.dtype) -> Quantize:

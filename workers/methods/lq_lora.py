@@ -18,9 +18,10 @@ errors is least (`workers.numerics.allocation`, in place of a licensed solver). 
 gradients of the language-model loss, one sequence per example, summed over the calibration text
 (`workers.engine.quantize.fisher`).
 
-Cost of a linear: two decompositions (`workers.numerics.low_rank`: exact for sides up to 2,048, then randomized), and
-per iteration O(out*in*R) to follow the factors, and a rounding; to choose, one decomposition and a rounding of
-`SCORED_ROWS` rows per configuration.
+A block's linears of one shape are one batch, from which a linear leaves once its error no longer falls. Cost: two
+decompositions (`workers.numerics.low_rank`: exact where a side has up to 256, then randomized to about 1e-5 of the
+error), and per iteration O(out*in*R) to follow the factors, and a rounding; to choose, one decomposition and a rounding
+of `SCORED_ROWS` rows per configuration, for all configurations of one group size and width at once.
 
 NF2 has no value between -1 and 0, so one rounding leaves a mean error, which adds up from block to block; only further
 iterations move it into L1 L2. On an MLP linear of SmolLM2-135M (groups of 32, R = 64) it was 0.17 of the root mean
@@ -38,7 +39,9 @@ which cost the same: 432 configurations, as in the code. Left out: data parallel
 evaluation.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -51,43 +54,67 @@ from workers.numerics.low_rank import FollowedFactors, weighted_factors
 from workers.numerics.normal_float import DoubleQuantization
 from workers.numerics.quantized import CodebookWeight, LinearResult, LowRank
 
+BATCH = 1 << 27
+"""Weights that are decomposed together at the most."""
 SCORED_ROWS, STRIP = 64, 16
 """Rows that a configuration is scored by, in strips: with all, choosing among 432 takes about ten times as long."""
 
 
 class LQLoRA:
+    @torch.no_grad()
     def quantize_block(self, task: BlockTask, spec: LQLoRASpec) -> BlockResult:
-        results = {}
-        for name, scheme in task.schemes.items():
-            results[name] = self._quantize(task, name, scheme, spec)
+        results = dict[str, LinearResult]()
+        for names in task.of_one_shape(BATCH):
+            results |= self._quantize(task, names, spec)
             task.tick(len(results) / len(task.schemes))
-        return BlockResult(results)
+        return BlockResult({name: results[name] for name in task.schemes})
 
     @torch.no_grad()
-    def candidate_errors(self, task: ScoreTask, spec: LQLoRASpec) -> list[float]:
-        """Squared weighted error of each configuration after one iteration."""
-        weight, weights = task.weight.float(), RankOne.of(task.fisher, task.weight)
-        left, right = weighted_factors(weight, spec.rank, weights.rows, weights.columns, task.seed)
-        looked_at = scored_rows(len(weight)).to(weight.device)
-        rest, weights = weight[looked_at] - left[looked_at] @ right, weights.standing_for_all(looked_at)
-        errors = [weights.error(rest - quantize(rest, c.scheme, c.absmax).dequantize()) for c in task.candidates]
-        # One wait for the device, not one per configuration.
-        return torch.stack(errors).square().tolist()
+    def candidate_errors(self, tasks: Sequence[ScoreTask], spec: LQLoRASpec) -> list[list[float]]:
+        """Squared weighted error of each configuration of each linear after one iteration."""
+        by_shape, errors = dict[torch.Size, list[int]](), dict[int, Tensor]()
+        for index, task in enumerate(tasks):
+            by_shape.setdefault(task.weight.shape, []).append(index)
+        for shape, alike in by_shape.items():
+            at_once = max(1, BATCH // shape.numel())
+            for first in range(0, len(alike), at_once):
+                some = alike[first : first + at_once]
+                errors |= zip(some, _scores([tasks[index] for index in some], spec.rank), strict=True)
+        # One wait for the device, not one for each linear.
+        scores = torch.cat([errors[index] for index in range(len(tasks))]).tolist() if tasks else []
+        ends = accumulate(len(task.candidates) for task in tasks)
+        return [scores[end - len(task.candidates) : end] for task, end in zip(tasks, ends, strict=True)]
 
-    @torch.no_grad()
-    def _quantize(self, task: BlockTask, name: str, scheme: Scheme, spec: LQLoRASpec) -> LinearResult:
-        weight = task.linear(name).weight
-        decomposition = decompose(
-            weight.float(),
-            scheme,
-            task.absmax.get(name, PRESET_ABSMAX),
-            RankOne.of(task.fisher.get(name), weight),
+    def _quantize(self, task: BlockTask, names: Sequence[str], spec: LQLoRASpec) -> dict[str, LinearResult]:
+        weights = [task.linear(name).weight for name in names]
+        decompositions = decompose(
+            torch.stack([weight.float() for weight in weights]),
+            [(task.schemes[name], task.absmax.get(name, PRESET_ABSMAX)) for name in names],
+            [RankOne.of(task.fisher.get(name), weight) for name, weight in zip(names, weights, strict=True)],
             rank=spec.rank,
             iterations=spec.iterations,
             seed=task.seed,
         )
-        low_rank = LowRank.of_product(decomposition.left, decomposition.right, spec.alpha, weight.dtype)
-        return LinearResult(replace(decomposition.base, dtype=weight.dtype), low_rank)
+        results = {}
+        for name, weight, each in zip(names, weights, decompositions, strict=True):
+            low_rank = LowRank.of_product(each.left, each.right, spec.alpha, weight.dtype)
+            results[name] = LinearResult(replace(each.base, dtype=weight.dtype), low_rank)
+        return results
+
+
+def _scores(tasks: Sequence[ScoreTask], rank: int) -> list[Tensor]:
+    """Of linears of one shape: squared errors of their candidates, fp64 (candidates,)."""
+    weights = torch.stack([task.weight.float() for task in tasks])
+    known = [RankOne.of(task.fisher, task.weight) for task in tasks]
+    rows, columns = torch.stack([each.rows for each in known]), torch.stack([each.columns for each in known])
+    left, right = weighted_factors(weights, rank, rows, columns, tasks[0].seed)
+    looked_at = scored_rows(weights.shape[1]).to(weights.device)
+    found = []
+    for task, rest, each in zip(tasks, weights[:, looked_at] - left[:, looked_at] @ right, known, strict=True):
+        weighing = each.standing_for_all(looked_at)
+        configurations = [(c.scheme, second_level(c.absmax)) for c in task.candidates]
+        found.append(normal_float.squared_errors(rest, configurations, weighing.rows, weighing.columns))
+    return found
 
 
 @dataclass(frozen=True)
@@ -127,31 +154,38 @@ class Decomposition:
 
 
 def decompose(
-    weight: Tensor,
-    scheme: Scheme,
-    absmax: AbsmaxScheme | None,
-    weights: RankOne,
+    weights: Tensor,
+    configurations: Sequence[tuple[Scheme, AbsmaxScheme | None]],
+    information: Sequence[RankOne],
     *,
     rank: int,
     iterations: int,
     seed: int,
-) -> Decomposition:
-    """The loop of the module docstring for a weight (out, in), fp32."""
-    factors = FollowedFactors(rank, weights.rows, weights.columns, seed)
-    quantized, best = torch.zeros_like(weight), None
-    errors: list[float] = []
+) -> list[Decomposition]:
+    """The loop of the module docstring for a batch of weights (linears, out, in), fp32, which end one by one."""
+    rows, columns = torch.stack([i.rows for i in information]), torch.stack([i.columns for i in information])
+    factors, rest = FollowedFactors(rank, rows, columns, seed, by_powers=True), weights
+    going, bases = list(range(len(weights))), dict[int, CodebookWeight]()
+    errors: list[list[float]] = [[] for _ in weights]
     for _ in range(iterations):
-        left, right = factors.of(weight - quantized)
+        left, right = factors.of(rest)
         product = left @ right
-        base = quantize(weight - product, scheme, absmax)
-        quantized = base.dequantize()
-        errors.append(float(weights.error(weight - quantized - product)))
-        if best is not None and errors[-1] >= min(errors[:-1]):
+        found = [quantize(weights[i] - p, *configurations[i]) for i, p in zip(going, product, strict=True)]
+        rest = torch.stack([weights[i] - base.dequantize() for i, base in zip(going, found, strict=True)])
+        now = torch.stack([information[i].error(rest[k] - product[k]) for k, i in enumerate(going)]).tolist()
+        falls = [k for k, i in enumerate(going) if not errors[i] or now[k] < min(errors[i])]
+        for i, error in zip(going, now, strict=True):
+            errors[i].append(error)
+        bases |= {going[k]: found[k] for k in falls}
+        if len(falls) < len(going):
+            factors.keep(falls)
+            rest, going = rest[falls], [going[k] for k in falls]
+        if not going:
             break
-        best = base
-    assert best is not None  # noqa: S101 - for the type checker; the first iteration sets it
-    left, right = weighted_factors(weight - best.dequantize(), rank, weights.rows, weights.columns, seed)
-    return Decomposition(best, left, right, tuple(errors))
+    best = [bases[i] for i in range(len(weights))]
+    rest = torch.stack([weight - base.dequantize() for weight, base in zip(weights, best, strict=True)])
+    left, right = weighted_factors(rest, rank, rows, columns, seed)
+    return [Decomposition(*each) for each in zip(best, left, right, map(tuple, errors), strict=True)]
 
 
 def scored_rows(count: int) -> Tensor:
@@ -167,8 +201,12 @@ def scored_rows(count: int) -> Tensor:
 
 def quantize(weight: Tensor, scheme: Scheme, absmax: AbsmaxScheme | None) -> CodebookWeight:
     """Nearest NormalFloat values of an fp32 weight, dequantized to fp32."""
-    stored = DoubleQuantization.of(PRESET_ABSMAX if absmax is None else absmax)
-    return normal_float.quantize(weight, scheme, stored, torch.float32)
+    return normal_float.quantize(weight, scheme, second_level(absmax), torch.float32)
+
+
+def second_level(absmax: AbsmaxScheme | None) -> DoubleQuantization:
+    """The codes of the maxima: QLoRA's where there is no budget."""
+    return DoubleQuantization.of(PRESET_ABSMAX if absmax is None else absmax)
 
 
 METHOD = Method(LQLoRASpec, LQLoRA())

@@ -24,6 +24,7 @@ rows, and the last of the B1 may be fewer, so that any number of groups is allow
 number per linear.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -33,10 +34,13 @@ from torch import Tensor
 
 from app.domain.methods import AbsmaxScheme, Scheme
 from workers.numerics.quantized import CodebookWeight, QuantizedAbsmax
-from workers.numerics.row_parts import in_row_parts
+from workers.numerics.row_parts import CACHED, in_row_parts
 
 OUTERMOST = 0.9677083
 """P of the module docstring."""
+
+STACKED = 1 << 26
+"""Weights of all configurations together that a GPU rounds at once."""
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -114,15 +118,72 @@ def nearest_codes(values: Tensor, levels: Tensor) -> Tensor:
 def quantize_absmax(absmax: Tensor, second_level: DoubleQuantization) -> QuantizedAbsmax:
     """Maxima of groups, fp32 (out, groups), in `second_level.bits` bits."""
     offset, top = absmax.min(), 2**second_level.bits - 1
-    rest = (absmax - offset).flatten()
-    padded = torch.nn.functional.pad(rest, (0, -len(rest) % second_level.superblock)).view(-1, second_level.superblock)
+    padded = _in_superblocks(absmax - offset, second_level.superblock)
     scale = padded.amax(-1).to(second_level.dtype)
     # All maxima of a superblock may be the least one; its codes are 0 then, whatever they are divided by.
     divisor = torch.where(scale == 0, 1, scale).float().unsqueeze(-1)
     codes = (padded / divisor * top).round().clamp(0, top).to(torch.uint8)
     return QuantizedAbsmax(
-        codes.flatten()[: len(rest)].view(absmax.shape), scale, offset, second_level.bits, second_level.superblock
+        codes.flatten()[: absmax.numel()].view(absmax.shape), scale, offset, second_level.bits, second_level.superblock
     )
+
+
+def squared_errors(
+    weight: Tensor, configurations: Sequence[tuple[Scheme, DoubleQuantization]], rows: Tensor, columns: Tensor
+) -> Tensor:
+    """|| rows * (W - W_hat) * columns ||^2 for each configuration, fp64 (configurations,); W is fp32 (out, in).
+
+    W_hat is that of `quantize`. What configurations share is computed once: groups' maxima, superblocks' maxima, and
+    per group size and width everything in one stack of configurations, cut where it would leave a CPU's caches.
+    """
+    errors = torch.empty(len(configurations), dtype=torch.float64, device=weight.device)
+    widths = [scheme.width(weight.shape[1]) for scheme, _ in configurations]
+    for width in dict.fromkeys(widths):
+        groups = weight.reshape(len(weight), -1, width)
+        alike = [index for index, other in enumerate(widths) if other == width]
+        levels = list(dict.fromkeys(configurations[index][1] for index in alike))
+        maxima = _stored_maxima(groups.abs().amax(-1), levels)
+        for bits in dict.fromkeys(configurations[index][0].bits for index in alike):
+            chosen = [index for index in alike if configurations[index][0].bits == bits]
+            used = maxima[[levels.index(configurations[index][1]) for index in chosen]]
+            errors[chosen] = _stacked_errors(groups, used, codebook(bits).to(weight.device), rows, columns)
+    return errors
+
+
+def _stored_maxima(largest: Tensor, levels: Sequence[DoubleQuantization]) -> Tensor:
+    """`quantize_absmax` of fp32 maxima (out, groups) and back, for several second levels: (levels, out, groups)."""
+    found, offset = torch.empty(len(levels), *largest.shape, device=largest.device), largest.min()
+    for superblock in dict.fromkeys(level.superblock for level in levels):
+        alike = [index for index, level in enumerate(levels) if level.superblock == superblock]
+        tops = [float(2 ** levels[index].bits - 1) for index in alike]
+        top, shares = largest.new_tensor([tops, [1 / each for each in tops]])[..., None, None]
+        padded = _in_superblocks(largest - offset, superblock)
+        widest = padded.amax(-1)
+        scale = torch.stack([widest.to(levels[index].dtype).float() for index in alike]).unsqueeze(-1)
+        codes = (padded / torch.where(scale == 0, 1, scale) * top).round().clamp(min=0)
+        values = torch.minimum(codes, top) * scale * shares + offset
+        found[alike] = values.flatten(1)[:, : largest.numel()].view(-1, *largest.shape)
+    return found
+
+
+def _stacked_errors(groups: Tensor, maxima: Tensor, levels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Squared errors (configurations,) of groups (out, groups, width) by their stored maxima (configurations, out,
+    groups)."""
+    at_once = max(1, (CACHED if groups.device.type == "cpu" else STACKED) // groups.numel())
+    return torch.cat([_squares(groups, part, levels, rows, columns) for part in torch.split(maxima, at_once)])
+
+
+def _squares(groups: Tensor, maxima: Tensor, levels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    maxima = maxima.unsqueeze(-1)
+    codes = nearest_codes(groups / torch.where(maxima == 0, 1, maxima), levels).int()
+    difference = groups - levels.index_select(0, codes.flatten()).view(codes.shape) * maxima
+    return (rows[:, None] * difference.flatten(2) * columns).square().sum((1, 2), dtype=torch.float64)
+
+
+def _in_superblocks(values: Tensor, superblock: int) -> Tensor:
+    """(superblocks, superblock), row after row, with zeros where the last one is not full."""
+    flat = values.flatten()
+    return torch.nn.functional.pad(flat, (0, -len(flat) % superblock)).view(-1, superblock)
 
 
 def bits_per_weight(bits: int, group_size: int, absmax: AbsmaxFormat) -> float:

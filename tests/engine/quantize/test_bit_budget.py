@@ -13,6 +13,7 @@ from app.domain.methods import WeightSpec
 from bitwright.errors import InvalidRequest
 from bitwright.report import Report
 from tests.engine.conftest import run_job
+from tests.tiny_experts import tiny_experts_folder
 from tests.tiny_model import tiny_model_folder
 from workers.contracts.blocks import Fisher
 from workers.engine.model.checkpoint import Checkpoint
@@ -120,7 +121,10 @@ def test_under_a_budget_errors_are_below_those_of_one_configuration_with_as_many
 
 
 @pytest.mark.filterwarnings("ignore:.*loss_type.*")
-def test_fisher_information_is_that_of_autograd_through_the_whole_model(small_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_fisher_information_is_that_of_autograd_through_the_whole_model(
+    at_once: int, small_model: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "single"
     reference = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
     reference.save_pretrained(folder)
@@ -128,7 +132,7 @@ def test_fisher_information_is_that_of_autograd_through_the_whole_model(small_mo
     model = StreamedModel.open(Checkpoint.open(folder), torch.device("cpu"))
     names = [*model.linears(), "model.embed_tokens"]
     told: list[float] = []
-    found = empirical_fisher(model, ids, names, 2, told.append)
+    found = empirical_fisher(model, ids, names, at_once, told.append)
     sums = {name: torch.zeros(reference.get_submodule(name).weight.shape) for name in names}
     for row in ids:
         logits = reference(row[None]).logits[0, :-1]
@@ -241,3 +245,16 @@ def test_a_budget_out_of_reach_is_refused_with_what_is_needed(small_model: Path,
     with pytest.raises(InvalidRequest, match=r"cheapest choices take 2\.5 bits a weight, more than 2\.4") as refused:
         run_job(small_model, tmp_path, **(BUDGET | {"bits": {"average": 2.4, "choices": [2, 3]}}))
     assert refused.value.field == "quantization.bits.average"
+
+
+@pytest.mark.slow
+def test_fisher_information_of_experts_is_that_of_their_sequences_one_at_a_time() -> None:
+    """Their tokens lie together, whatever sequence they are of; those of the attention's linears do not."""
+    model = StreamedModel.open(Checkpoint.open(tiny_experts_folder()), torch.device("cpu"))
+    ids = torch.randint(0, 400, (4, 24), generator=torch.Generator().manual_seed(0))
+    names = [name for name in model.linears() if name != model.layout.head]
+    alone, together = (empirical_fisher(model, ids, names, at_once, lambda _: None) for at_once in (1, 3))
+    assert any(".experts." in name for name in names)
+    for name in names:
+        for one, other in ((alone[name].rows, together[name].rows), (alone[name].columns, together[name].columns)):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-3 * float(one.max()))

@@ -56,12 +56,14 @@ class Scoring:
         for index in range(len(self.model.blocks)):
             prefix, seed = self.model.layout.block(index), derived_seed(self.seed, index)
             with self.model.loaded(prefix):
-                for name, linear in self.model.block_linears(index).items():
-                    full = f"{prefix}.{name}"
-                    if full in candidates:
-                        of_linear = self.fisher.get(full)
-                        task = ScoreTask(linear.weight, candidates[full], of_linear, self.scale_dtype, seed)
-                        by_linear[full] = self.method.candidate_errors(task, self.spec)
+                linears = {f"{prefix}.{name}": linear for name, linear in self.model.block_linears(index).items()}
+                tasks = {
+                    full: ScoreTask(linear.weight, candidates[full], self.fisher.get(full), self.scale_dtype, seed)
+                    for full, linear in linears.items()
+                    if full in candidates
+                }
+                errors = self.method.candidate_errors(list(tasks.values()), self.spec)
+                by_linear.update(zip(tasks, errors, strict=True))
             self.tick((index + 1) / len(self.model.blocks))
         demand_finite(by_linear, self.spec)
         return by_linear

@@ -2,22 +2,28 @@
 
     F_ij = sum over sequences of (dL/dW_ij)^2,   L = -sum_t log p(x_{t+1})   of one sequence of the calibration text
 
-Of F only the sums over rows and columns are kept (`workers.contracts.blocks.Fisher`). As many sequences as fit go
-forward
-through all blocks, with the hidden states before every block kept on the host; then back, block by block: gradients by
-a block's weights for one sequence at a time, squared, summed and dropped. No graph outlives a block. The loss is a sum
+Of F only the sums over rows and columns are kept (`workers.contracts.blocks.Fisher`). One pass over the text serves
+all blocks: as many sequences as fit go forward through all of them, with the hidden states before every block kept, on
+a GPU that has room for them or on the host; then back, block by block. No graph outlives a block. The loss is a sum
 over tokens, not a mean: its gradients are of a size that half precision holds.
+
+Several sequences go back through a block at once. A linear that sees them as they are, inputs X_s (length, in) and
+gradients D_s (length, out) by its outputs, has the gradient D_s^T X_s for sequence s: one batched product, squared,
+summed and dropped. Where tokens of several sequences lie together, as those of an expert do, or a linear is not called,
+sequences go back one at a time, and autograd makes the gradients by weights.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.errors import NumericalFailure
 from workers.contracts.blocks import Fisher
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
-from workers.engine.memory import FISHER_SHARE, LOGITS_AT_ONCE
+from workers.engine.memory import FISHER_SHARE, LOGITS_AT_ONCE, SQUARES_AT_ONCE, device_memory
 from workers.engine.model.block_calls import BlockCall, run_block
 from workers.engine.model.overflow import original_overflows
 from workers.engine.model.streamed_model import StreamedModel
@@ -45,7 +51,7 @@ def empirical_fisher(
         gradient = _loss_gradient(model, states.pop(), batch, _head_of(model, names), sums)
         for index in reversed(range(blocks)):
             wanted = [name for name in model.block_linears(index) if f"{model.layout.block(index)}.{name}" in names]
-            _backward(model, calls[index], index, wanted, states.pop(), gradient, sums)
+            _backward(model, calls[index], index, wanted, states.pop(), gradient, sums, micro_batch)
             tick((start + len(batch) * (blocks - index) / blocks) / len(ids))
         if model.layout.embeddings in names:
             _embeddings_backward(model, batch, gradient, sums)
@@ -64,11 +70,19 @@ def sequences_at_once(model: StreamedModel, length: int) -> int:
     return max(1, int(FISHER_SHARE * host_memory() / each))
 
 
+def _store(model: StreamedModel, ids: Tensor) -> torch.device:
+    """The device of hidden states: the model's, if they take a small part of its memory."""
+    size = (len(model.blocks) + 1) * ids.numel() * model.width * model.dtype.itemsize
+    fits = size <= FISHER_SHARE * device_memory(model.device)
+    return model.device if fits else torch.device("cpu")
+
+
 @torch.no_grad()
 def _forward(model: StreamedModel, calls: tuple[BlockCall, ...], ids: Tensor, micro_batch: int) -> list[Tensor]:
-    """Hidden states before each block and after the last, each (sequences, length, width) on the host."""
+    """Hidden states before each block and after the last, each (sequences, length, width), where they are kept."""
+    store = _store(model, ids)
     with model.loaded(*model.layout.outer):
-        states = [torch.cat([model.embed(row[None].to(model.device)).cpu() for row in ids])]
+        states = [torch.cat([model.embed(row[None].to(model.device)).to(store) for row in ids])]
     for index, block in enumerate(model.blocks):
         states.append(torch.empty_like(states[-1]))
         with model.loaded(model.layout.block(index)):
@@ -128,9 +142,9 @@ def _embeddings_backward(model: StreamedModel, ids: Tensor, gradient: Tensor, su
 
 
 def _add(sums: dict[str, Fisher], name: str, gradient: Tensor) -> None:
-    """Adds a sequence's squared gradient by a weight (out, in)."""
-    squares = gradient.float().square()
-    added, known = Fisher(squares.sum(1), squares.sum(0)), sums.get(name)
+    """Adds a sequence's squared gradient by a weight (out, in), or those of several (sequences, out, in)."""
+    squares = gradient.float().square().view(-1, *gradient.shape[-2:])
+    added, known = Fisher(squares.sum((0, 2)), squares.sum((0, 1))), sums.get(name)
     sums[name] = added if known is None else Fisher(known.rows + added.rows, known.columns + added.columns)
 
 
@@ -142,19 +156,88 @@ def _backward(
     inputs: Tensor,
     gradient: Tensor,
     sums: dict[str, Fisher],
+    micro_batch: int,
 ) -> None:
     """Adds a block's squared gradients to `sums`; `gradient` by its outputs becomes that by its inputs."""
     block, prefix = model.blocks[index], model.layout.block(index)
     with model.loaded(prefix):
-        weights = {f"{prefix}.{name}": model.block_linears(index)[name].weight.requires_grad_() for name in wanted}
-        for hidden, outer in zip(inputs, gradient, strict=True):
-            leaf = hidden[None].to(model.device).requires_grad_()
-            with torch.enable_grad():
-                output = call(block, leaf)
-            # An expert that none of the sequence's tokens went through has a gradient of zeros.
-            by_inputs, *gradients = torch.autograd.grad(
-                output, [leaf, *weights.values()], outer[None].to(output), allow_unused=True, materialize_grads=True
-            )
-            outer.copy_(by_inputs[0])
-            for name, each in zip(weights, gradients, strict=True):
-                _add(sums, name, each)
+        linears = {f"{prefix}.{name}": model.block_linears(index)[name] for name in wanted}
+        largest = max((linear.weight.numel() for linear in linears.values()), default=1)
+        at_once = max(1, min(micro_batch, SQUARES_AT_ONCE[model.device.type] // largest))
+        first = 0
+        while first < len(inputs):
+            rows = slice(first, first + at_once)
+            hidden, outer = inputs[rows].to(model.device), gradient[rows]
+            together = _together(partial(call, block), linears, hidden, outer, sums) if len(hidden) > 1 else None
+            if together is None and len(hidden) > 1:
+                at_once = 1
+                continue
+            by_inputs = _alone(partial(call, block), linears, hidden, outer, sums) if together is None else together
+            outer.copy_(by_inputs)
+            first += len(hidden)
+
+
+def _together(
+    forward: Callable[[Tensor], Tensor],
+    linears: Mapping[str, nn.Linear],
+    hidden: Tensor,
+    outer: Tensor,
+    sums: dict[str, Fisher],
+) -> Tensor | None:
+    """The gradient by inputs (sequences, length, width); squares go to `sums`.
+
+    None, and nothing is added, where some linear does not see each sequence by itself.
+    """
+    leaf = hidden.requires_grad_()
+    with torch.enable_grad(), _calls_of(linears) as calls:
+        output = forward(leaf)
+    apart = all(x.dim() == 3 and x.shape[:2] == hidden.shape[:2] for each in calls.values() for x, _ in each)
+    if not apart or not all(calls.values()):
+        return None
+    outputs = [y for each in calls.values() for _, y in each]
+    by_inputs, *gradients = torch.autograd.grad(
+        output, [leaf, *outputs], outer.to(output), allow_unused=True, materialize_grads=True
+    )
+    by_output = iter(gradients)
+    for name, each in calls.items():
+        products = [next(by_output).mT @ x for x, _ in each]
+        _add(sums, name, torch.stack(products).sum(0) if len(products) > 1 else products[0])
+    found: Tensor = by_inputs
+    return found
+
+
+@contextmanager
+def _calls_of(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Inputs and outputs of the linears' calls while the context lasts, by name."""
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linears}
+
+    def noted(name: str, _: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[name].append((given[0].detach(), output))
+
+    hooks = [linear.register_forward_hook(partial(noted, name)) for name, linear in linears.items()]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _alone(
+    forward: Callable[[Tensor], Tensor],
+    linears: Mapping[str, nn.Linear],
+    hidden: Tensor,
+    outer: Tensor,
+    sums: dict[str, Fisher],
+) -> Tensor:
+    """The gradient by the inputs of one sequence, (1, length, width); squares go to `sums`."""
+    leaf, weights = hidden.requires_grad_(), [linear.weight.requires_grad_() for linear in linears.values()]
+    with torch.enable_grad():
+        output = forward(leaf)
+    # An expert that none of the sequence's tokens went through has a gradient of zeros.
+    by_inputs, *gradients = torch.autograd.grad(
+        output, [leaf, *weights], outer.to(output), allow_unused=True, materialize_grads=True
+    )
+    for name, each in zip(linears, gradients, strict=True):
+        _add(sums, name, each)
+    found: Tensor = by_inputs
+    return found
