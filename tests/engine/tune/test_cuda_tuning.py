@@ -213,7 +213,8 @@ def test_clipped_ranges_and_low_rank_factors_agree_and_are_captured(
 ) -> None:
     """The kernels of a captured step, torch's operators on the same GPU, and the CPU.
 
-    All from the same codes where another method's are the start, so that what differs is not the start.
+    All from the same codes where another method's are the start: after two hundred steps by signs a sixth of the codes
+    of a block so small is another one where inputs differ by 4e-6, on a CPU alone, too.
     """
     save_random_model(tmp_path, "llama", dtype=dtype)
     bases: dict[str, LinearResult] = {}
