@@ -32,7 +32,10 @@ from bitwright.report import Report
 
 @dataclass(frozen=True)
 class Claim:
-    """A job that this worker now holds."""
+    """A job that this worker now holds.
+
+    told   milestones of it that earlier attempts have told, blocks and checkpoints together
+    """
 
     job_id: str
     tenant_id: str
@@ -40,6 +43,7 @@ class Claim:
     request: JobRequest
     micro_batch_divisor: int
     created_at: datetime
+    told: int
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def claim(
             request=asked,
             micro_batch_divisor=job.micro_batch_divisor,
             created_at=job.created_at,
+            told=job.blocks_done,
         )
     return None
 

@@ -152,6 +152,21 @@ def test_a_resumed_job_has_the_codes_of_an_undisturbed_one(small_model: Path, tu
         assert one.model_copy(update={"seconds": 0}) == other.model_copy(update={"seconds": 0})
 
 
+def test_blocks_that_were_durable_and_untold_are_told_by_the_attempt_that_adopts_them(
+    small_model: Path, tuned: Finished, cut: Path
+) -> None:
+    """The attempt before had finished two and died before its worker heard of the second."""
+    lines: list[AttemptLine] = []
+    run_job(small_model, cut, lines, {"told": 1}, **TUNED)
+    told = [line for line in lines if isinstance(line, BlockEvent)]
+    assert [block.index for block in told] == [1, 2]
+    undisturbed = [line for line in tuned.lines if isinstance(line, BlockEvent)][1:]
+    assert [b.model_copy(update={"seconds": 0}) for b in told] == [
+        b.model_copy(update={"seconds": 0}) for b in undisturbed
+    ]
+    assert told[0].seconds > 0
+
+
 def test_a_finished_job_resumes_whole(small_model: Path, tuned: Finished, tmp_path: Path) -> None:
     workspace = shutil.copytree(tuned.workspace, tmp_path / "again")
     again = run_job(small_model, workspace, **TUNED)

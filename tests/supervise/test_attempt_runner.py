@@ -92,6 +92,15 @@ def test_a_killed_attempt_is_followed_by_another(bench: Bench) -> None:
     assert statuses(bench, job_id) == ["queued", "running", "queued", "running", "succeeded"]
 
 
+def test_an_attempt_knows_which_blocks_are_told(sqlite_bench: Bench) -> None:
+    job_id = sqlite_bench.submit("once:block,once:block,once:signal:SIGKILL")
+    told = []
+    for _ in range(2):
+        sqlite_bench.run()
+        told.append(json.loads((sqlite_bench.workspace(job_id) / "order.json").read_text())["told"])
+    assert told == [0, 2]
+
+
 def test_out_of_memory_is_tried_once_more_with_smaller_batches(sqlite_bench: Bench) -> None:
     job_id = sqlite_bench.submit("raise:MemoryError")
     assert sqlite_bench.run() is JobStatus.QUEUED

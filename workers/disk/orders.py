@@ -128,12 +128,20 @@ class AttemptOrder(Message):
     input_memory_bytes: int = Field(default=4 << 30, description="The most that reading the job's input may take.")
     input_seconds: float = Field(default=120.0, description="The same in seconds, and more for large texts.")
     micro_batch_divisor: int = Field(default=1, description="2 or more after an out-of-memory attempt.")
+    told: int | None = Field(
+        default=None,
+        description="Milestones that earlier attempts have told: what is adopted beyond them is told now. None: all.",
+    )
     memory: Literal["plan", "off"] | int = Field(
         default="off", description="The most memory of the attempt: by what its job needs, any, or so many bytes."
     )
     tells_needs: bool = Field(
         default=False, description="Whether the attempt reports what it will need: the worker has memory to give back."
     )
+
+    def is_told(self, milestone: int) -> bool:
+        """True if an earlier attempt has told of a block or checkpoint, which died before it could else."""
+        return self.told is None or milestone < self.told
 
     @property
     def text_files(self) -> list[Path]:

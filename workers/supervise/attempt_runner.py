@@ -200,6 +200,7 @@ class _Attempt:
             input_memory_bytes=self._context.settings.input_memory_bytes,
             input_seconds=self._context.settings.input_seconds,
             micro_batch_divisor=self._claim.micro_batch_divisor,
+            told=self._claim.told,
             runtimes=dict(self._context.runtimes),
             warm=warm,
             limits_input=warm is not None,

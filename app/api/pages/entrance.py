@@ -6,7 +6,7 @@ import structlog
 from fastapi import APIRouter, Query, Request
 from starlette.responses import RedirectResponse, Response
 
-from app.api.deps import DatabaseOf, LogInsOf
+from app.api.deps import DatabaseOf, LogInsOf, StateOf
 from app.api.pages.rendering import ASSETS, FOREVER, asset_bytes, asset_hash, page, root_of
 from app.api.pages.session import FORM, SEE_OTHER, OwnForm, local_path, page_router, session_text, set_cookie
 from app.store.tenancy.keys import authenticate
@@ -27,7 +27,7 @@ def ask_for_key(request: Request, wanted: NextPage = None) -> Response:
 
 
 @router.post("/login", openapi_extra=FORM)
-def log_in(request: Request, form: OwnForm, database: DatabaseOf, log_ins: LogInsOf) -> Response:
+def log_in(request: Request, form: OwnForm, state: StateOf, database: DatabaseOf, log_ins: LogInsOf) -> Response:
     """A session for a key."""
     address = request.client.host if request.client is not None else ""
     wanted = local_path(next(iter(form.get("next", ())), None))
@@ -43,6 +43,7 @@ def log_in(request: Request, form: OwnForm, database: DatabaseOf, log_ins: LogIn
     except TooManyRequests as error:
         problem = f"{error.detail}; {error.hint}"
         return page(request, "login", status=429, wanted=wanted, problem=problem)
+    state.later.note_use(principal.key_id)
     log.info("logged_in", tenant_id=principal.tenant_id, key_id=principal.key_id)
     response = RedirectResponse(root_of(request) + wanted, SEE_OTHER)
     set_cookie(request, response, text)

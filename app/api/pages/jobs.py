@@ -6,7 +6,7 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Query, Request
 from starlette.responses import RedirectResponse, Response
 
-from app.api.deps import DatabaseOf, SettingsOf
+from app.api.deps import DatabaseOf, SettingsOf, StateOf
 from app.api.pages.documentation import begin
 from app.api.pages.rendering import page, root_of
 from app.api.pages.session import FORM, SEE_OTHER, OwnForm, PageRoute, VisitorOf, check_host, page_router, visitor
@@ -30,6 +30,7 @@ MOST_COMPARED = 8
 @front.get("/")
 def list_jobs(
     request: Request,
+    state: StateOf,
     database: DatabaseOf,
     settings: SettingsOf,
     status: Annotated[str, Query(max_length=16)] = "",
@@ -42,7 +43,7 @@ def list_jobs(
     if "text/html" not in request.headers.get("accept", ""):
         return begin(request)
     check_host(request, settings)
-    found = visitor(request, database)
+    found = visitor(request, state, database)
     filters = {"status": status, "method": method, "model": model.strip(), "label": label.strip()}
     with database.reading() as session:
         listed = JobRepository(session, found.principal.tenant_id).page(

@@ -20,7 +20,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
-from app.api.deps import DatabaseOf, SettingsOf
+from app.api.deps import DatabaseOf, SettingsOf, StateOf
 from app.api.http.errors import RETRY_AFTER_SECONDS, error_from_status, error_from_validation
 from app.api.pages.rendering import page, path_of, root_of
 from app.domain.access import Principal, Scope
@@ -92,8 +92,8 @@ def session_text(request: Request) -> str | None:
     return request.cookies.get(cookie_name(request)) or None
 
 
-def visitor(request: Request, database: DatabaseOf) -> Visitor:
-    """The visitor of a page.
+def visitor(request: Request, state: StateOf, database: DatabaseOf) -> Visitor:
+    """The visitor of a page; the use of the session's key is noted.
 
     Raises:
         Unauthenticated: there is no session, or it is over.
@@ -103,6 +103,7 @@ def visitor(request: Request, database: DatabaseOf) -> Visitor:
         with database.reading() as session:
             principal = find_session(session, text)
         if principal is not None:
+            state.later.note_use(principal.key_id)
             return Visitor(principal, form_token(text))
     raise Unauthenticated("log in first", hint="the page asks for an API key")
 

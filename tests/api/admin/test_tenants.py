@@ -101,6 +101,22 @@ def test_the_last_use_of_a_key_is_written_later_and_costs_no_write_at_once(any_a
     assert uses()["submitter"] is None
 
 
+def test_the_use_of_a_key_at_the_pages_is_noted(any_api: Api) -> None:
+    def used() -> str | None:
+        any_api.client.app.state.bitwright.later.write()  # type: ignore[attr-defined]
+        keys = any_api.admin.get(f"{TENANTS}/{any_api.tenant_id}/keys").json()["items"]
+        return next(key["last_used_at"] for key in keys if key["name"] == "submitter")
+
+    assert used() is None
+    browser = any_api.visitor()
+    logged_in = used()
+    assert logged_in is not None
+    assert browser.get("/").status_code == 200
+    seen = used()
+    assert seen is not None
+    assert seen > logged_in, "each page is a use of the session's key"
+
+
 def test_downloads_are_in_the_log_once_and_their_bytes_in_the_use(any_api: Api) -> None:
     job_id = any_api.submit()
     any_api.succeed(any_api.claim(), {"native": {"w.bin": b"x" * 1000}})

@@ -101,6 +101,7 @@ def run(
     held_out: bool = True,
     processes: ProcessGroup = SINGLE_PROCESS,
     texts: tuple[PackedSequences, PackedSequences] | None = None,
+    is_told: Callable[[int], bool] = lambda _: True,
     **fields: Any,
 ) -> Trained:
     lines: list[AttemptLine] = []
@@ -117,6 +118,7 @@ def run(
             reporter=Reporter(lines.append),
             processes=processes,
             milestones=4,
+            is_told=is_told,
         )
         outcome = train(task)
         adapters = {
@@ -281,13 +283,17 @@ def test_an_interrupted_run_ends_with_the_same_bits(steps: int, folder: Path, tm
         interrupt_at(patch, steps)
         with pytest.raises(Interrupted):
             run(folder, tmp_path / "cut", attach=as_class(DroppingLoRA), **FIELDS)
-    resumed = run(folder, tmp_path / "cut", attach=as_class(DroppingLoRA), **FIELDS)
+    untold = {"is_told": lambda milestone: milestone < 4 + steps // 4 - 1}  # the last one, whose attempt died with it
+    resumed = run(folder, tmp_path / "cut", attach=as_class(DroppingLoRA), **untold, **FIELDS)
     assert resumed.outcome.resumed == steps // 4 * 4
+    told = [line for line in whole.told(CheckpointEvent) if line.step >= max(steps // 4 * 4, 1)]
+    assert resumed.told(CheckpointEvent) == told
     assert_same(whole, resumed)
     again = run(folder, tmp_path / "cut", attach=as_class(DroppingLoRA), **FIELDS)
     assert_same(whole, again)
     assert again.outcome.resumed == whole.outcome.progress.step
     assert not again.told(MetricEvent)
+    assert not again.told(CheckpointEvent)
 
 
 @pytest.mark.slow

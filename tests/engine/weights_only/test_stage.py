@@ -238,7 +238,12 @@ def test_a_killed_attempt_costs_at_most_a_part(source: Path, tmp_path: Path, mon
         return write_one(self, name, writers)
 
     monkeypatch.setattr(TensorPass, "write", watch)
-    result = run_job(source, tmp_path / "killed", lines, **arguments)
+    result = run_job(source, tmp_path / "killed", lines, {"told": 1}, **arguments)
+    told = [line for line in lines if isinstance(line, BlockEvent)]
+    expected = [line for line in whole.lines if isinstance(line, BlockEvent)][1:]
+    assert [(b.index, b.total, b.name) for b in told] == [(b.index, b.total, b.name) for b in expected], (
+        "untold ones, too"
+    )
     assert len(read_again) == len(SHAPES) - 7
     assert any(line.event == "parts_resumed" for line in lines if isinstance(line, LogEvent))
     assert result.report.size == whole.report.size

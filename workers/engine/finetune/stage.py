@@ -226,6 +226,7 @@ def _task(stage: _Finetuning, plan: TrainingPlan, model: ResidentModel) -> Train
         reporter=job.reporter,
         processes=job.processes,
         milestones=len(job.model.blocks),
+        is_told=job.order.is_told,
     )
 
 

@@ -17,7 +17,7 @@ and a small model's passes are captured (`workers.engine.finetune.captured_passe
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,6 +50,7 @@ class TrainingTask:
     micro_batch          sequences through the model at once
     captures             whether passes may be captured (`workers.engine.finetune.captured_passes`)
     milestones           blocks and the like that the job has finished before
+    is_told              whether an earlier attempt has told of a milestone
     """
 
     resident: ResidentModel
@@ -62,6 +63,7 @@ class TrainingTask:
     reporter: Reporter
     processes: ProcessGroup = SINGLE_PROCESS
     milestones: int = 0
+    is_told: Callable[[int], bool] = lambda _: True
     captures: bool = False
 
 
@@ -136,6 +138,9 @@ class _Training:
             parameters.restore(saved)
             self.losses.copy_(saved["losses"])
             self.best = [saved[name].to(device) for name in sorted(saved) if name.startswith("best.")]
+            adopted = _checkpoint_event(task, self.progress)
+            if not task.is_told(adopted.milestone):  # its attempt died before it could
+                task.reporter.checkpoint(adopted)
         return self
 
     def run(self) -> TrainingOutcome:
@@ -277,8 +282,13 @@ class _Training:
     def _write(self, progress: TrainingProgress, tensors: dict[str, Tensor]) -> None:
         task = self.task
         task.state.save(progress, tensors)
-        milestone = task.milestones + math.ceil(progress.step / task.config.checkpoint_every) - 1 + int(progress.done)
-        task.reporter.checkpoint(CheckpointEvent(step=progress.step, total=task.config.steps, milestone=milestone))
+        task.reporter.checkpoint(_checkpoint_event(task, progress))
+
+
+def _checkpoint_event(task: TrainingTask, progress: TrainingProgress) -> CheckpointEvent:
+    """The event of a checkpoint that is durable."""
+    milestone = task.milestones + math.ceil(progress.step / task.config.checkpoint_every) - 1 + int(progress.done)
+    return CheckpointEvent(step=progress.step, total=task.config.steps, milestone=milestone)
 
 
 def rate_share(config: Finetune, index: int) -> float:

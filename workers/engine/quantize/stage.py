@@ -10,6 +10,7 @@ from bitwright.report import BlockReport, LinearReport
 from workers.engine.job import Job
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_pass import BlockPass
+from workers.engine.quantize.block_progress import block_event
 from workers.engine.quantize.outer_matrices import quantize_embeddings, quantized_head, substitutes
 from workers.engine.text.sequences import Sequences
 from workers.engine.tune.tuner import Tuner
@@ -58,6 +59,7 @@ def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
             activations.substitute(model, given)
     if finished.resumed:
         job.reporter.log("blocks_resumed", blocks=finished.resumed)
+        _tell(job)
     job.clock.enter(Stage.QUANTIZE)
     tuner = Tuner(job.reporter.log, job.processes)
     blocks = BlockPass(
@@ -72,6 +74,13 @@ def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
         job.reporter.warning("head_rounded", f"{' and '.join(outer)} {verb} rounded to nearest: only blocks are tuned")
     tuner.release()
     return Quantized(reports, head, head_report, embeddings, calibration, evaluation, further)
+
+
+def _tell(job: Job) -> None:
+    """Blocks of earlier attempts that died between making them durable and telling of them."""
+    for block in job.finished_blocks.blocks:
+        if block.report is not None and not job.order.is_told(block.index):
+            job.reporter.block(block_event(block.report, len(job.model.blocks)))
 
 
 def _further(job: Job, observed: Sequences | None) -> Tensor | None:

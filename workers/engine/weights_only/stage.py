@@ -5,7 +5,7 @@ source and the result; shards are written once, and become the checkpoint's by a
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.reporter import Reporter
 from workers.engine.stored_scales import CODE as SCALES_ROUNDED
 from workers.engine.stored_scales import StoredScales
-from workers.engine.weights_only.finished_parts import FinishedLinear, FinishedParts
+from workers.engine.weights_only.finished_parts import FinishedLinear, FinishedPart, FinishedParts
 from workers.engine.weights_only.parts import parts_of
 from workers.engine.weights_only.result import identity_of, report_of, with_files
 from workers.engine.weights_only.tensors import TensorPass
@@ -192,6 +192,9 @@ def _write_parts(
     tensor_pass = TensorPass(checkpoint, spec, formats, by_tensor, targets.joined, scales)
     if finished.resumed:
         reporter.log("parts_resumed", parts=finished.resumed)
+        for part in finished.parts:
+            if not order.is_told(part.index):  # its attempt died before it could
+                reporter.block(_part_event(part, parts))
     done = sum(len(names) for names in parts[: finished.resumed])
     for index, names in enumerate(parts[finished.resumed :], start=finished.resumed):
         linears: list[FinishedLinear] = []
@@ -204,9 +207,14 @@ def _write_parts(
             reporter.progress(Stage.QUANTIZE, done, total, "tensors")
         written = {name.value: writer.seal() for name, writer in writers.items()}
         finished.finish(written, tuple(linears), bits, scales.report())
-        seconds = sum(linear.seconds for linear in linears)
-        reporter.block(BlockEvent(index=index, total=len(parts), name=f"{names[0]} ...", seconds=seconds))
+        reporter.block(_part_event(finished.parts[index], parts))
     return scales
+
+
+def _part_event(part: FinishedPart, parts: Sequence[Sequence[str]]) -> BlockEvent:
+    """The event of a part that is durable; `parts` are the names of all parts' tensors."""
+    seconds = sum(linear.seconds for linear in part.linears)
+    return BlockEvent(index=part.index, total=len(parts), name=f"{parts[part.index][0]} ...", seconds=seconds)
 
 
 def _whole(writers: Mapping[ExportFormat, PartWriter], written: Mapping[str, WrittenPart]) -> bool:
