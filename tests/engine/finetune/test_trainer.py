@@ -283,7 +283,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(steps: int, folder: Path, tm
         interrupt_at(patch, steps)
         with pytest.raises(Interrupted):
             run(folder, tmp_path / "cut", attach=as_class(DroppingLoRA), **FIELDS)
-    untold = {"is_told": lambda milestone: milestone < 4 + steps // 4 - 1}  # the last one, whose attempt died with it
+    untold: Any = {"is_told": lambda milestone: milestone < 4 + steps // 4 - 1}  # the last: its attempt died with it
     resumed = run(folder, tmp_path / "cut", attach=as_class(DroppingLoRA), **untold, **FIELDS)
     assert resumed.outcome.resumed == steps // 4 * 4
     told = [line for line in whole.told(CheckpointEvent) if line.step >= max(steps // 4 * 4, 1)]
