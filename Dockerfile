@@ -17,23 +17,23 @@ FROM build AS build-api
 RUN --mount=type=cache,target=/root/.cache/pip \
     mkdir -p app bitwright/cli bitwright/resources \
     && touch app/__init__.py bitwright/__init__.py bitwright/cli/__init__.py bitwright/resources/__init__.py \
-    && pip install -c constraints.txt ./bitwright '.[api]' && pip uninstall -y bitwright bitwright-service
+    && pip install -c constraints.txt ./bitwright '.[api,otel]' && pip uninstall -y bitwright bitwright-service
 COPY bitwright bitwright
 COPY app app
 COPY workers workers
 COPY migrations migrations
-RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt ./bitwright '.[api]'
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt ./bitwright '.[api,otel]'
 
 FROM build AS build-worker
 RUN --mount=type=cache,target=/root/.cache/pip \
     mkdir -p app bitwright/cli bitwright/resources \
     && touch app/__init__.py bitwright/__init__.py bitwright/cli/__init__.py bitwright/resources/__init__.py \
-    && pip install -c constraints.txt ./bitwright '.[worker]' && pip uninstall -y bitwright bitwright-service
+    && pip install -c constraints.txt ./bitwright '.[worker,otel]' && pip uninstall -y bitwright bitwright-service
 COPY bitwright bitwright
 COPY app app
 COPY workers workers
 COPY migrations migrations
-RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt ./bitwright '.[worker]'
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt ./bitwright '.[worker,otel]'
 
 FROM python:${PYTHON}-slim AS runtime
 RUN useradd --system --uid 10001 --create-home bitwright \

@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 from pydantic import SecretStr
 
 from app.domain.webhooks.addresses import network_of
-from bitwright.addresses import check_host, is_host, scheme_of, split_address
+from bitwright.addresses import check_host, is_host, scheme_of, split_address, web_address
 
 MOST_USERS = (1 << 32) - 1
 LONGEST_SOCKET_PATH = 107
@@ -214,6 +214,21 @@ def token(value: SecretStr) -> SecretStr:
     """A secret that goes into a header: printable ASCII in one word."""
     if not re.fullmatch(r"[!-~]+", value.get_secret_value()):
         raise ValueError("a token is one word of printable ASCII; copy it anew, without quotes or line ends")
+    return value
+
+
+def optional_web_address(value: str) -> str:
+    """An http or https URL, or nothing."""
+    return web_address(value) if value else value
+
+
+def headers(value: dict[str, SecretStr]) -> dict[str, SecretStr]:
+    """Headers of HTTP: names as they may be, values of printable ASCII."""
+    for name, secret in value.items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            raise ValueError('a header has no such name; give {"name": "value"}')
+        if not re.fullmatch(r"[ -~]*", secret.get_secret_value()):
+            raise ValueError(f"the value of {name} is not printable ASCII; copy it anew, without line ends")
     return value
 
 

@@ -113,7 +113,7 @@ def _split_words(value: object) -> object:
     return value.replace(",", " ").split() if isinstance(value, str) else value
 
 
-def _parse_quotas(value: object) -> object:
+def _parse_object(value: object) -> object:
     """A variable holds a JSON object."""
     return json.loads(value) if isinstance(value, str) else value
 
@@ -144,7 +144,7 @@ def _worker_name() -> str:
     return values.as_name(socket.gethostname())
 
 
-SECRETS = frozenset({"hub_token", "token_keys", "database_password", "broker_password"})
+SECRETS = frozenset({"hub_token", "otlp_headers", "token_keys", "database_password", "broker_password"})
 """Settings whose values are never shown."""
 Folder = Annotated[Path, AfterValidator(values.folder)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -236,7 +236,7 @@ class Settings(BaseSettings):
     )
     event_poll_seconds: Finite = Field(default=0.25, gt=0, le=30, description="How often streams look for events.")
 
-    tenant_quotas: Annotated[Quotas, NoDecode, BeforeValidator(_parse_quotas)] = Field(
+    tenant_quotas: Annotated[Quotas, NoDecode, BeforeValidator(_parse_object)] = Field(
         default=Quotas(),
         description="Quotas of every tenant that has none of its own, as JSON: queued_jobs, running_jobs, "
         "storage_bytes, upload_bytes, uploads, streams, posts_per_minute, max_priority.",
@@ -269,6 +269,14 @@ class Settings(BaseSettings):
         default=False,
         description="Whether /metrics names tenants by their ids, with what each stores: it needs no key.",
     )
+    otlp_url: Annotated[str, AfterValidator(values.optional_web_address)] = Field(
+        default="",
+        description="Where traces of jobs go, by OTLP over HTTP with protobuf: http://collector:4318/v1/traces. It "
+        "needs the extra `otel`; empty: no traces, and OpenTelemetry is not imported.",
+    )
+    otlp_headers: Annotated[
+        dict[str, SecretStr], NoDecode, BeforeValidator(_parse_object), AfterValidator(values.headers)
+    ] = Field(default={}, description="Headers of requests to `otlp_url`, such as a collector's key, as JSON.")
     worker_metrics_port: int | None = Field(
         default=None,
         ge=1,

@@ -46,6 +46,8 @@ NONSENSE = {
         "https://mirror/?x=1",
         "http://a:b",
     ],
+    "otlp_url": ["collector:4318", "grpc://collector:4317", "http://u:secret@ho st/v1/traces", "https://"],
+    "otlp_headers": ["key=secret", "[1]", '{"na me": "secret"}', '{"key": "secret\\nsecret"}', '{"key": 1}'],
     "hub_token": ["two words", "line\nend", "sécret"],
     "database_password": ["line\nend", "tab\tbed"],
     "broker_password": ["line\n"],

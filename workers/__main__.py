@@ -11,6 +11,7 @@ from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.ids import new_id
 from app.store.session import Database
+from app.tracing import open_tracing
 from bitwright.errors import InvalidSettings
 from workers.disk.handover import demand_way
 from workers.disk.orders import BUILTIN_TEXT
@@ -39,6 +40,11 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
     except RuntimeError as error:
         log.error("device_missing", reason=str(error))
         return 2
+    try:
+        tracing = open_tracing(settings, "bitwright-worker")
+    except InvalidSettings as error:
+        log.error(error.code, detail=error.detail, hint=error.hint)
+        return 2
     user = attempt_user(settings)
     if user is not None:
         try:
@@ -61,6 +67,7 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
         reader=reader,
         spares=spares,
         kernels=kernels,
+        tracing=tracing,
     )
     if settings.worker_metrics_port is not None:
         context.metrics.serve(settings.worker_metrics_host, settings.worker_metrics_port)
@@ -72,6 +79,8 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
             kernels.close()
         reader.close()
         database.close()
+        if tracing is not None:
+            tracing.close()
     return 0
 
 

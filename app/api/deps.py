@@ -26,6 +26,7 @@ from app.store.models import Worker
 from app.store.session import Database
 from app.store.tenancy.hub_tokens import Vault
 from app.store.waiting import Place
+from app.tracing import Tracing
 from bitwright.tenancy import TOKEN_PATTERN
 
 
@@ -106,6 +107,8 @@ class State:
     """The live workers."""
     hub: HubChild | None = None
     """None where models on the Hub are the workers' business alone."""
+    tracing: Tracing | None = None
+    """None where no collector of traces is set."""
     log_ins: LogIns = field(default_factory=LogIns)
     written_jobs: WrittenJobs = field(default_factory=WrittenJobs)
 

@@ -47,6 +47,7 @@ from app.store.tenancy.keys import authenticate, good_keys
 from app.store.tenancy.tenants import Policy, policy_of
 from app.store.waiting import Place, places
 from app.store.workers import list_workers
+from app.tracing import open_tracing
 
 OPENAI_MODULES = (openai_files, fine_tuning)
 MODULES = (
@@ -91,7 +92,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     install_error_handlers(app)
     # The one added last is outermost.
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(RequestContext, observe=state.metrics.observe)
+    app.add_middleware(RequestContext, observe=state.metrics.observe, tracing=state.tracing)
     return app
 
 
@@ -149,6 +150,7 @@ def build_state(settings: Settings) -> State:
         queue=Kept(read_queue, QUEUE_SECONDS),
         workers=Kept(read_workers, WORKERS_SECONDS),
         hub=HubChild(settings) if settings.looks_at_hub else None,
+        tracing=open_tracing(settings, "bitwright-api"),
     )
 
 
@@ -178,3 +180,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Callable[[], None]]
         if state.hub is not None:
             state.hub.close()
         state.database.close()
+        if state.tracing is not None:
+            await asyncio.to_thread(state.tracing.close)

@@ -16,6 +16,8 @@ from bitwright.events import (
 )
 from bitwright.report import Report
 
+SPAN_ID = "^[0-9a-f]{16}$"
+
 
 class ResultLine(Message):
     """The attempt is done: what it made, under the workspace's `output` folder."""
@@ -65,6 +67,18 @@ class FailedLine(Message):
     error: ErrorData
 
 
+class SpanLine(Message):
+    """A span of a trace that has ended: of a job whose request was traced. Its ids are hexadecimal digits."""
+
+    type: Literal["span"] = "span"
+    name: str = Field(max_length=100)
+    span_id: str = Field(pattern=SPAN_ID)
+    parent_id: str = Field(pattern=SPAN_ID)
+    start_ns: int = Field(ge=0, description="Nanoseconds since the epoch.")
+    end_ns: int = Field(ge=0)
+    attributes: dict[str, str | int | float | bool] = Field(default_factory=dict)
+
+
 AttemptEvent = ProgressEvent | BlockEvent | CheckpointEvent | MetricEvent | WarningEvent | LogEvent
 
 
@@ -77,7 +91,8 @@ AttemptLine = Annotated[
     | LogEvent
     | ResultLine
     | FetchedLine
-    | FailedLine,
+    | FailedLine
+    | SpanLine,
     Field(discriminator="type"),
 ]
 

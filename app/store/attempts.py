@@ -34,7 +34,9 @@ from bitwright.report import Report
 class Claim:
     """A job that this worker now holds.
 
-    told   milestones of it that earlier attempts have told, blocks and checkpoints together
+    available_at   since when it could be claimed
+    told           milestones of it that earlier attempts have told, blocks and checkpoints together
+    traceparent    of the request that made it, where that was traced
     """
 
     job_id: str
@@ -43,7 +45,9 @@ class Claim:
     request: JobRequest
     micro_batch_divisor: int
     created_at: datetime
+    available_at: datetime
     told: int
+    traceparent: str | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,9 @@ def claim(
             request=asked,
             micro_batch_divisor=job.micro_batch_divisor,
             created_at=job.created_at,
+            available_at=job.available_at,
             told=job.blocks_done,
+            traceparent=job.traceparent,
         )
     return None
 

@@ -52,10 +52,12 @@ class JobRepository:
         recipe: str | None = None,
         idempotency: Idempotency | None = None,
         noted: Noted | None = None,
+        traced: Callable[[str], str | None] | None = None,
     ) -> Job:
         """Queue a job, asked for by this recipe. For a repeated key, the earlier job with `replayed` set.
 
-        noted   the entry of the audit log for a new job's id
+        noted    the entry of the audit log for a new job's id
+        traced   gives the place of what makes the job in its trace, by the job's id
 
         Raises:
             InvalidRequest: an upload that the request names does not exist or is not complete.
@@ -72,6 +74,7 @@ class JobRepository:
         uploads = self._uploads(request)
         labels = [{"name": name, "value": value} for name, value in request.metadata.items()]
         row = _row(job_id, self._tenant_id, request, recipe)
+        row["traceparent"] = None if traced is None else traced(job_id)
         job = begin(self._session, row, labels=labels, entry=None if noted is None else noted(job_id))
         if request.name is not None:
             take_name(self._session, self._tenant_id, job_id, request.name)

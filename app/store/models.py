@@ -182,6 +182,8 @@ class Job(Base):
     """Blocks that any attempt has made durable."""
     fruitless_attempts: Mapped[int] = mapped_column(default=0)
     """Consecutive attempts, the running one included, that made no new block durable."""
+    traceparent: Mapped[str | None] = mapped_column(String(55))
+    """Place of the request that made the job in its trace, where one is kept."""
 
     replayed = False
     """True on the object that `JobRepository.add` returns for a repeated Idempotency-Key. Not a column."""

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from app.domain.attempt_lines import AttemptLine, ResultLine
+from app.domain.attempt_lines import AttemptLine, ResultLine, SpanLine
 from bitwright.errors import (
     BitwrightError,
     CorruptCheckpoint,
@@ -157,7 +157,7 @@ def test_blocks_that_were_durable_and_untold_are_told_by_the_attempt_that_adopts
 ) -> None:
     """The attempt before had finished two and died before its worker heard of the second."""
     lines: list[AttemptLine] = []
-    run_job(small_model, cut, lines, {"told": 1}, **TUNED)
+    run_job(small_model, cut, lines, {"told": 1, "traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}, **TUNED)
     told = [line for line in lines if isinstance(line, BlockEvent)]
     assert [block.index for block in told] == [1, 2]
     undisturbed = [line for line in tuned.lines if isinstance(line, BlockEvent)][1:]
@@ -165,6 +165,13 @@ def test_blocks_that_were_durable_and_untold_are_told_by_the_attempt_that_adopts
         b.model_copy(update={"seconds": 0}) for b in undisturbed
     ]
     assert told[0].seconds > 0
+    spans = [line for line in lines if isinstance(line, SpanLine)]
+    stages = {span.name: span for span in spans if span.parent_id == "b" * 16}
+    assert list(stages)[:3] == ["load", "calibrate", "quantize"]
+    (block,) = [span for span in spans if span.name == "block"]
+    assert (block.attributes["bitwright.block.index"], block.parent_id) == (2, stages["quantize"].span_id), "computed"
+    assert stages["quantize"].start_ns <= block.start_ns < block.end_ns <= stages["quantize"].end_ns
+    assert len({span.span_id for span in spans}) == len(spans)
 
 
 def test_a_finished_job_resumes_whole(small_model: Path, tuned: Finished, tmp_path: Path) -> None:

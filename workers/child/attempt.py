@@ -114,7 +114,12 @@ def run_order(order: AttemptOrder, workspace: Path, report: ReportPipe, rank: in
     if rank:
         assist(order, workspace, rank)
     else:
-        report.write(run(order, workspace, Reporter(report.write)))
+        reporter = Reporter(report.write, order.traceparent)
+        try:
+            result = run(order, workspace, reporter)
+        finally:
+            reporter.spans.enter(None)
+        report.write(result)
 
 
 if __name__ == "__main__":

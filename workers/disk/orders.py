@@ -132,6 +132,7 @@ class AttemptOrder(Message):
         default=None,
         description="Milestones that earlier attempts have told: what is adopted beyond them is told now. None: all.",
     )
+    traceparent: str | None = Field(default=None, description="The attempt's place in its job's trace, if any.")
     memory: Literal["plan", "off"] | int = Field(
         default="off", description="The most memory of the attempt: by what its job needs, any, or so many bytes."
     )

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,15 +12,24 @@ from bitwright.report import PeakMemory
 
 
 class StageClock:
-    """Exactly one stage runs at any time, from the clock's making on."""
+    """Exactly one stage runs at any time, from the clock's making on.
 
-    def __init__(self, stage: Stage) -> None:
+    entered   called with each stage as it begins; those that run for a moment within another one are part of it
+    """
+
+    def __init__(self, stage: Stage, entered: Callable[[Stage], None] = lambda _: None) -> None:
         self._stage = stage
         self._since = time.perf_counter()
         self._spent: dict[Stage, float] = {}
+        self._entered = entered
+        entered(stage)
 
     def enter(self, stage: Stage) -> None:
         """Ends the running stage and begins `stage`, which may have run before."""
+        self._switch(stage)
+        self._entered(stage)
+
+    def _switch(self, stage: Stage) -> None:
         now = time.perf_counter()
         self._spent[self._stage] = self._spent.get(self._stage, 0.0) + now - self._since
         self._stage, self._since = stage, now
@@ -29,15 +38,15 @@ class StageClock:
     def during(self, stage: Stage) -> Iterator[None]:
         """`stage` runs inside the context, and the stage before it again afterwards."""
         before = self._stage
-        self.enter(stage)
+        self._switch(stage)
         try:
             yield
         finally:
-            self.enter(before)
+            self._switch(before)
 
     def seconds(self) -> dict[str, float]:
         """Seconds by stage up to now, and their sum as `total`."""
-        self.enter(self._stage)
+        self._switch(self._stage)
         stages = {stage.value: self._spent[stage] for stage in Stage if stage in self._spent}
         return stages | {"total": sum(stages.values())}
 

@@ -50,7 +50,7 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
         FormatCannotHold: a format of the request cannot hold this model.
         CorruptCheckpoint: the base job's files are not a result of this model.
     """
-    clock = StageClock(Stage.LOAD)
+    clock = StageClock(Stage.LOAD, reporter.spans.enter)
     device = open_device(order, rank)
     with reproducible(device):
         reporter.progress(Stage.LOAD, 0, 1, "models")

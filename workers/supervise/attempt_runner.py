@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import structlog
 
-from app.domain.attempt_lines import AttemptEvent, FailedLine, FetchedLine, ResultLine
+from app.domain.attempt_lines import AttemptEvent, FailedLine, FetchedLine, ResultLine, SpanLine
 from app.domain.full_disk import disk_full
 from app.domain.request.source_walk import read_sources
 from app.domain.request.sources import GeneratedText
@@ -26,6 +26,7 @@ from workers.disk.hub_cache import holding
 from workers.disk.orders import AttemptOrder, FetchOrder, SpareOrder, WarmChild
 from workers.disk.workspace import Workspace
 from workers.machine import oom_kills
+from workers.supervise.attempt_trace import AttemptTrace
 from workers.supervise.base_job import base_job_folder
 from workers.supervise.child_env import attempt_environment, attempt_user, fetch_environment
 from workers.supervise.child_process import ChildProcess
@@ -46,6 +47,9 @@ POLL_SECONDS = 0.2
 CONCLUDE_SECONDS = 120.0
 """Time that an attempt's end waits for a database that is away, before the sweep has to find out."""
 
+ENDED_WELL = frozenset({JobStatus.SUCCEEDED.value, JobStatus.QUEUED.value, JobStatus.CANCELLED.value})
+"""Outcomes of an attempt that are no errors: it was given back, or its caller wanted no more."""
+
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
@@ -57,11 +61,11 @@ def supervise(context: WorkerContext, claim: Claim) -> JobStatus | None:
     """
     with structlog.contextvars.bound_contextvars(job_id=claim.job_id, attempt=claim.attempt):
         log.info("attempt_started", worker_id=context.worker_id, device=context.device.value)
-        outcome, metrics = "lost", context.metrics
+        outcome, metrics, trace = "lost", context.metrics, AttemptTrace(context, claim)
         metrics.attempt_begins()
         try:
             with LeaseKeeper(context, claim) as lease:
-                attempt = _Attempt(context, claim, lease)
+                attempt = _Attempt(context, claim, lease, trace)
                 status = _to_the_end(attempt)
                 outcome = attempt.outcome or status.value
         except AttemptSuperseded:
@@ -73,6 +77,7 @@ def supervise(context: WorkerContext, claim: Claim) -> JobStatus | None:
             return None
         finally:
             metrics.attempt_ends(claim.request.quantization.method, outcome)
+            trace.ended(outcome, well=outcome in ENDED_WELL)
             if context.spares is not None:
                 context.spares.attempt_ended()
         log.info("attempt_ended", status=status.value)
@@ -105,10 +110,11 @@ def _to_the_end(attempt: "_Attempt") -> JobStatus:
 class _Attempt:
     """One attempt in the supervisor's hands."""
 
-    def __init__(self, context: WorkerContext, claim: Claim, lease: LeaseKeeper) -> None:
+    def __init__(self, context: WorkerContext, claim: Claim, lease: LeaseKeeper, trace: AttemptTrace) -> None:
         self._context = context
         self._claim = claim
         self._lease = lease
+        self._trace = trace
         self._events = EventBuffer(context, claim)
         self._workspace = Workspace.of(context.settings.workspace_dir, claim.job_id)
         self.outcome: str | None = None
@@ -128,7 +134,8 @@ class _Attempt:
             with held, keeping(self._context, self._claim, self._workspace):
                 result = self._compute(order, given)
         self._take_back()
-        artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)
+        with self._trace.during("store"):
+            artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)
         request = self._claim.request
         missed = missed_requirement(request.require, result.report, request.formats)
         currency = self._context.settings.price_currency
@@ -201,6 +208,7 @@ class _Attempt:
             input_seconds=self._context.settings.input_seconds,
             micro_batch_divisor=self._claim.micro_batch_divisor,
             told=self._claim.told,
+            traceparent=self._trace.traceparent,
             runtimes=dict(self._context.runtimes),
             warm=warm,
             limits_input=warm is not None,
@@ -218,7 +226,8 @@ class _Attempt:
         self._workspace.write(self._workspace.fetch_order, wanted)
         text = None if token is None else token.text
         environment = fetch_environment(self._context.settings, self._workspace, self._claim, text)
-        return self._listen_for(FetchedLine, "workers.child.fetch", environment)
+        with self._trace.during("fetch"):
+            return self._listen_for(FetchedLine, "workers.child.fetch", environment)
 
     def _compute(self, order: AttemptOrder, given: tuple[int, ...]) -> ResultLine:
         """Let a spare do what the order says, or a process that is started for it.
@@ -345,6 +354,8 @@ class _Attempt:
             elif isinstance(line, FailedLine):
                 # Of several ranks the first to report has the cause, the others only miss it.
                 endings.failed = endings.failed or line.error
+            elif isinstance(line, SpanLine):
+                self._trace.hear(line)
             elif line is not None:
                 self._note_needs(line, endings)
                 if isinstance(line, BlockEvent):

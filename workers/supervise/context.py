@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.session import Database
+from app.tracing import Tracing
 from bitwright.job_states import DeviceClass
 from workers.disk.orders import RuntimePlace
 from workers.supervise.capacity import Capacity
@@ -26,6 +27,7 @@ class WorkerContext:
     reader          the child that does, and that reads what jobs are made of; None: attempts do without
     kernels         compiled loops that attempts begin with; None: each compiles what it needs
     spares          processes that wait to be attempts; None: each attempt is started when its job is there
+    tracing         the way to a collector of traces; None: there is none
     """
 
     worker_id: str
@@ -40,6 +42,7 @@ class WorkerContext:
     spares: Spares | None = None
     kernels: Kernels | None = None
     metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
+    tracing: Tracing | None = None
 
     @property
     def device(self) -> DeviceClass:

@@ -6,6 +6,7 @@ Plain ASGI, so that streams pass through untouched.
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from secrets import token_hex
 
 import structlog
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.http.errors import problem_response
 from app.api.tenancy.limit_headers import limit_headers
+from app.tracing import RequestTrace, Tracing, of_request
 from bitwright.errors import BodyTooLarge, InternalError
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
@@ -37,9 +39,10 @@ Observe = Callable[[str, str, int, float], None]
 class RequestContext:
     """The outermost layer: request id, access line, metrics, security headers, and an answer to unforeseen errors."""
 
-    def __init__(self, app: ASGIApp, observe: Observe) -> None:
+    def __init__(self, app: ASGIApp, observe: Observe, tracing: Tracing | None = None) -> None:
         self.app = app
         self.observe = observe
+        self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,8 +61,11 @@ class RequestContext:
                 _add_headers(MutableHeaders(scope=message), request_id, limit_headers(scope))
             await send(message)
 
+        # Jobs are made by POST; what looks at them all the time would only fill a collector.
+        trace = None if self.tracing is None or scope["method"] != "POST" else RequestTrace(_traceparent(scope))
         try:
-            await self.app(scope, receive, send_with_headers)
+            with nullcontext() if trace is None else of_request(trace):
+                await self.app(scope, receive, send_with_headers)
         except Exception:
             log.exception("request_failed", method=scope["method"], path=scope["path"])
             if status:
@@ -69,6 +75,9 @@ class RequestContext:
             # A stream may last for hours: the metric is the time to the first byte, the log line has the whole.
             route = getattr(scope.get("route"), "path", "unmatched")
             self.observe(scope["method"], route, status, answered_after)
+            if trace is not None and self.tracing is not None:
+                trace.attributes["bitwright.request_id"] = request_id
+                self.tracing.tell(trace.ended(scope["method"], route, status))
             _log_access(scope, status, time.perf_counter() - started)
 
 
@@ -76,6 +85,11 @@ def _log_access(scope: Scope, status: int, seconds: float) -> None:
     level = log.debug if scope["path"] in QUIET_PATHS else log.info
     milliseconds = round(seconds * 1000, 1)
     level("request_served", method=scope["method"], path=scope["path"], status=status, milliseconds=milliseconds)
+
+
+def _traceparent(scope: Scope) -> str | None:
+    """The caller's place in a trace of its own: ours goes on there."""
+    return Headers(scope=scope).get("traceparent")
 
 
 def _request_id(given: str | None) -> str:

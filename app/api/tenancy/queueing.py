@@ -18,6 +18,7 @@ from app.store.tenancy.audit import entry_of
 from app.store.tenancy.hub_tokens import TOKEN_FIELD, Vault, keep_token
 from app.store.tenancy.tenants import Policy
 from app.store.tenancy.usage import cost_micros, money
+from app.tracing import job_traceparent
 from bitwright.errors import Conflict, InvalidRequest, QueuedJobsExceeded
 from bitwright.money import Money
 
@@ -62,6 +63,7 @@ def queue_job(
         recipe=recipe,
         idempotency=idempotency,
         noted=lambda job_id: entry_of(actor(principal), "job.submitted", job_id, details),
+        traced=job_traceparent,
     )
     if job.replayed:
         return job

@@ -70,7 +70,7 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter, read: ReadExpo
     """
     if order.base_job_path is None or order.request.base_job is None:
         raise InternalError("the order has no folder of the job that is to be exported", field="base_job")
-    clock = StageClock(Stage.LOAD)
+    clock = StageClock(Stage.LOAD, reporter.spans.enter)
     reporter.progress(Stage.LOAD, 0, 1, "checkpoints")
     spec, formats = order.request.quantization, order.request.formats
     source = NativeSource.open(Path(order.base_job_path) / ExportFormat.NATIVE, kv_cache=spec.kv_cache is not None)

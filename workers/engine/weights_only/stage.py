@@ -4,6 +4,7 @@ Memory: a tensor at a time, mapped from its file, and what the writers hold of a
 source and the result; shards are written once, and become the checkpoint's by another name.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -79,7 +80,7 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter, read: ReadWeig
         InputError, InvalidRequest: the checkpoint or the request's numbers do not fit together.
         FormatCannotHold: a format of the request needs a model, or would have to change a weight.
     """
-    clock = StageClock(Stage.LOAD)
+    clock = StageClock(Stage.LOAD, reporter.spans.enter)
     reporter.progress(Stage.LOAD, 0, 1, "models")
     checkpoint = seen(Checkpoint.open(Path(order.model_path)), order.request.quantization)
     request = bound(order.request, checkpoint.config, not has_head(checkpoint.tensors))
@@ -198,6 +199,7 @@ def _write_parts(
     done = sum(len(names) for names in parts[: finished.resumed])
     for index, names in enumerate(parts[finished.resumed :], start=finished.resumed):
         linears: list[FinishedLinear] = []
+        started = time.perf_counter()
         bits = StoredBits()
         for tensor in names:
             made = tensor_pass.write(tensor, writers)
@@ -207,7 +209,7 @@ def _write_parts(
             reporter.progress(Stage.QUANTIZE, done, total, "tensors")
         written = {name.value: writer.seal() for name, writer in writers.items()}
         finished.finish(written, tuple(linears), bits, scales.report())
-        reporter.block(_part_event(finished.parts[index], parts))
+        reporter.block(_part_event(finished.parts[index], parts), started)
     return scales
 
 
