@@ -169,7 +169,7 @@ def test_containers_get_the_time_that_their_processes_need_to_end() -> None:
 def test_only_the_worker_image_has_torch() -> None:
     installs = {stage: " ".join(rest for word, rest in STAGES[stage] if word == "RUN") for stage in STAGES}
     assert "'.[api,otel]'" in installs["build-api"]
-    assert "'.[worker]'" not in installs["build-api"]
+    assert "[worker" not in installs["build-api"]
     assert "'.[worker,otel]'" in installs["build-worker"]
     assert all("-c constraints.txt" in installs[stage] for stage in ("build-api", "build-worker"))
 
