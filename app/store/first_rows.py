@@ -37,7 +37,19 @@ DEFAULTS: Mapping[str, Any] = {
     if column.default is not None and column.default.is_scalar
 }
 """Values of a new job's columns of which nobody says anything else. Times are not among them."""
-JOB_COLUMNS = ("id", "tenant_id", "status", "request", "method", "recipe", "model", "device", "priority", *DEFAULTS)
+JOB_COLUMNS = (
+    "id",
+    "tenant_id",
+    "status",
+    "request",
+    "method",
+    "recipe",
+    "model",
+    "device",
+    "priority",
+    "traceparent",
+    *DEFAULTS,
+)
 EVENT_COLUMNS = ("job_id", "sequence", "tenant_id", "attempt", "data")
 LABEL_COLUMNS = ("job_id", "tenant_id", "name", "value")
 ENTRY_COLUMNS = ("id", "tenant_id", "key_id", "action", "subject", "request_id", "details")

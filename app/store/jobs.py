@@ -73,8 +73,7 @@ class JobRepository:
                 return earlier
         uploads = self._uploads(request)
         labels = [{"name": name, "value": value} for name, value in request.metadata.items()]
-        row = _row(job_id, self._tenant_id, request, recipe)
-        row["traceparent"] = None if traced is None else traced(job_id)
+        row = _row(job_id, self._tenant_id, request, recipe, None if traced is None else traced(job_id))
         job = begin(self._session, row, labels=labels, entry=None if noted is None else noted(job_id))
         if request.name is not None:
             take_name(self._session, self._tenant_id, job_id, request.name)
@@ -271,7 +270,7 @@ def count_by_status(session: Session) -> dict[JobStatus, int]:
     return dict.fromkeys(JobStatus, 0) | {row[0]: row[1] for row in rows}
 
 
-def _row(job_id: str, tenant_id: str, request: JobRequest, recipe: str | None) -> Row:
+def _row(job_id: str, tenant_id: str, request: JobRequest, recipe: str | None, traceparent: str | None) -> Row:
     return {
         "id": job_id,
         "tenant_id": tenant_id,
@@ -281,6 +280,7 @@ def _row(job_id: str, tenant_id: str, request: JobRequest, recipe: str | None) -
         "model": model_label(request.model),
         "device": request.device,
         "priority": request.priority,
+        "traceparent": traceparent,
     }
 
 
