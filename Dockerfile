@@ -15,8 +15,8 @@ COPY bitwright/pyproject.toml bitwright/pyproject.toml
 # The libraries first: they change less often than the code.
 FROM build AS build-api
 RUN --mount=type=cache,target=/root/.cache/pip \
-    mkdir -p app bitwright/cli bitwright/resources \
-    && touch app/__init__.py bitwright/__init__.py bitwright/cli/__init__.py bitwright/resources/__init__.py \
+    mkdir -p app bitwright/asynchronous bitwright/blocking bitwright/cli bitwright/measured bitwright/webhooks \
+    && touch app/__init__.py bitwright/__init__.py \
     && pip install -c constraints.txt ./bitwright '.[api,otel]' && pip uninstall -y bitwright bitwright-service
 COPY bitwright bitwright
 COPY app app
@@ -26,8 +26,8 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt ./
 
 FROM build AS build-worker
 RUN --mount=type=cache,target=/root/.cache/pip \
-    mkdir -p app bitwright/cli bitwright/resources \
-    && touch app/__init__.py bitwright/__init__.py bitwright/cli/__init__.py bitwright/resources/__init__.py \
+    mkdir -p app bitwright/asynchronous bitwright/blocking bitwright/cli bitwright/measured bitwright/webhooks \
+    && touch app/__init__.py bitwright/__init__.py \
     && pip install -c constraints.txt ./bitwright '.[worker,otel]' && pip uninstall -y bitwright bitwright-service
 COPY bitwright bitwright
 COPY app app

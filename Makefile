@@ -32,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve test test-slow test-chaos test-hosts test-gpu test-llama-cpp test-lm-eval test-vllm test-browser test-architectures test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
+.PHONY: help demo serve test test-slow test-chaos test-hosts test-chaos-hosts test-gpu test-llama-cpp test-lm-eval test-vllm test-browser test-architectures test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -50,10 +50,13 @@ test-slow: $(VENV)/.test ## Run the tests that take long: many kills, whole serv
 	$(BIN)/python -m pytest -m 'slow and not gpu and not vllm and not browser' $(ARGS)
 
 test-chaos: $(VENV)/.test ## Strike a whole service with faults drawn from a seed, and check what is left: make test-chaos SEED=1 (half an hour)
-	BITWRIGHT_TEST_CHAOS_SEED='$(SEED)' BITWRIGHT_TEST_CHAOS_FAULTS='$(FAULTS)' BITWRIGHT_TEST_CHAOS_JOBS='$(JOBS)' $(BIN)/python -m pytest -s -m slow tests/chaos/test_chaos.py $(ARGS)
+	BITWRIGHT_TEST_CHAOS_SEED='$(SEED)' BITWRIGHT_TEST_CHAOS_FAULTS='$(FAULTS)' BITWRIGHT_TEST_CHAOS_JOBS='$(JOBS)' $(BIN)/python -m pytest -s -m slow tests/chaos/test_chaos.py -k 'not hosts' $(ARGS)
 
 test-hosts: $(VENV)/.test $(BUCKET)/.installed ## Run two APIs and three workers on hosts of their own: network namespaces, and a server that speaks S3 (root, Linux)
 	BITWRIGHT_TEST_S3='$(abspath $(BUCKET))/bin/moto_server' $(BIN)/python -m pytest -m slow tests/hosts $(ARGS)
+
+test-chaos-hosts: $(VENV)/.test $(BUCKET)/.installed ## The chaos on three hosts of their own, with cables that are pulled and hosts that are lost (root, Linux; half an hour)
+	BITWRIGHT_TEST_S3='$(abspath $(BUCKET))/bin/moto_server' BITWRIGHT_TEST_CHAOS_SEED='$(SEED)' BITWRIGHT_TEST_CHAOS_FAULTS='$(FAULTS)' BITWRIGHT_TEST_CHAOS_JOBS='$(JOBS)' $(BIN)/python -m pytest -s -m slow tests/chaos/test_chaos.py -k hosts $(ARGS)
 
 test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,15 @@ def test_only_the_worker_image_has_torch() -> None:
     assert "[worker" not in installs["build-api"]
     assert "'.[worker,otel]'" in installs["build-worker"]
     assert all("-c constraints.txt" in installs[stage] for stage in ("build-api", "build-worker"))
+
+
+def test_libraries_are_installed_before_the_code_beside_folders_of_all_packages() -> None:
+    """setuptools refuses to build a distribution of which a package's folder is not there."""
+    declared = tomllib.loads((ROOT / "bitwright" / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    for stage in ("build-api", "build-worker"):
+        first = next(rest for word, rest in STAGES[stage] if word == "RUN" and "mkdir" in rest)
+        made = first.partition("mkdir -p ")[2].partition("&&")[0].split()
+        assert {name.replace(".", "/") for name in declared if "." in name} | {"app"} == set(made)
 
 
 def test_copied_paths_exist_and_reach_the_build() -> None:

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import redis
 from sqlalchemy import func, select
 
 from app.inspection.own_folder import PREFIX, remove_left
-from app.store.blobs import FolderBlobs
-from app.store.models import Artifact, Attempt, Event, Job, Tenant
+from app.store.blobs import open_blobs
+from app.store.models import Artifact, Attempt, Event, Job, Tenant, UploadFile
 from app.store.upkeep.garbage import collect_blobs
 from bitwright.job_states import JobStatus
 from tests.chaos.service import Service
@@ -63,7 +64,8 @@ def check_rows(service: Service) -> dict[str, int]:
     for job in jobs:
         if owners[job.tenant_id] != service.tenants.get(job.id):
             service.complain(f"{job.id} belongs to {owners[job.tenant_id]}")
-        for problem in (*_of_job(job), *_of_attempts(job, attempts[job.id]), *_of_events(job, events[job.id])):
+        told, kept = events[job.id], service.kept_every
+        for problem in (*_of_job(job), *_of_attempts(job, attempts[job.id]), *_of_events(job, told, kept)):
             service.complain(f"{job.id}: {problem}")
     for job in jobs:
         service.story.tell("job", job=job.id, attempts=[_told(attempt) for attempt in attempts[job.id]])
@@ -99,7 +101,7 @@ def _of_attempts(job: Job, attempts: list[Attempt]) -> Iterator[str]:
         yield "an attempt has no end"
 
 
-def _of_events(job: Job, events: list[Event]) -> Iterator[str]:
+def _of_events(job: Job, events: list[Event], kept_every: float | None) -> Iterator[str]:
     if [event.sequence for event in events] != list(range(1, job.last_event + 1)):
         yield "its events are not numbered in turn"
     if events and events[-1].data.get("status") != JobStatus.SUCCEEDED.value:
@@ -111,8 +113,23 @@ def _of_events(job: Job, events: list[Event]) -> Iterator[str]:
     total = {event.data["total"] for event in events if event.data["type"] == "block"}
     lost = len({event.attempt for event in events}) - 1
     # A block whose event was lost with its worker is adopted without one: the report has all.
+    if kept_every is not None:
+        lost += _lost_with_hosts(events, kept_every)
     if total and (len(computed) > max(total) + max(lost, 0) or not set(computed) <= set(range(max(total)))):
         yield f"it computed blocks {Counter(computed)} in {job.attempt} attempts"
+
+
+def _lost_with_hosts(events: list[Event], kept_every: float) -> int:
+    """Blocks that all attempts but the last had finished since they last kept any for other hosts, as times tell.
+
+    To keep them takes a while, too: as long again as the interval, and a second.
+    """
+    count = 0
+    for number in sorted({event.attempt for event in events})[:-1]:
+        own = [event for event in events if event.attempt == number]
+        since = own[-1].created_at - timedelta(seconds=2 * kept_every + 1)
+        count += sum(event.data["type"] == "block" and event.created_at >= since for event in own)
+    return count
 
 
 def check_messages(service: Service) -> None:
@@ -142,16 +159,18 @@ def own_processes(service: Service) -> dict[int, str]:
 
 def check_files(service: Service) -> dict[str, int]:
     """Nothing is left on disk but what rows name; the blobs of attempts that were lost are collected."""
-    data = service.installation.folder / "data"
-    blobs = FolderBlobs(data / "blobs")
+    folder = service.installation.folder
+    disks = [folder / "disks" / part for part in service.hosts] or [folder / "data"]
+    blobs = open_blobs(service.installation.variables.get("BITWRIGHT_BLOB_URL", f"file://{folder}/data/blobs"))
     collected = collect_blobs(service.installation.database, blobs, grace_seconds=0)
     with service.installation.database.reading() as session:
-        named = set(session.scalars(select(Artifact.sha256)))
+        named = set(session.scalars(select(Artifact.sha256))) | set(session.scalars(select(UploadFile.sha256)))
         count = session.scalar(select(func.count()).select_from(Artifact))
     kept = {entry.sha256 for entry in blobs.entries()}
     if kept != named:
         service.complain(f"{len(kept - named)} blobs without a row, {len(named - kept)} rows without a blob")
-    left = [path for folder in (data / "workspaces", data / "blobs" / "incoming") for path in folder.iterdir()]
+    places = [disk / place for disk in disks for place in ("workspaces", "blobs/incoming")]
+    left = [path for place in places if place.exists() for path in place.iterdir()]
     left = [path for path in left if path.name not in OF_WORKERS]
     if left:
         service.complain(f"files are left: {sorted(map(str, left))[:20]}")

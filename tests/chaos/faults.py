@@ -16,21 +16,25 @@ from app.queue import WORK_TASK, celery_app
 from bitwright.errors import IllegalTransition
 from bitwright.job_states import FINAL_STATUSES
 from tests import servers
-from tests.chaos.plan import KINDS, PAST_THE_LEASE, RECIPES, TENANTS, WORKERS, Fault
-from tests.chaos.service import Service
+from tests.chaos.plan import EVERYTHING, KINDS, PAST_THE_LEASE, RECIPES, TENANTS, WORKERS, Fault
+from tests.chaos.service import Service, patiently
 from tests.e2e.installation import children
 
 ORDERLY_SECONDS = 60.0
 """Time for an orderly end: the machine may be busy with other things."""
 HOUR = 3600
 
+Strike = Callable[[Service, Fault], str]
+"""Strikes, waits, sets right again; what it found."""
+
 
 class Faults:
     """Strikes what a plan says, each fault in a thread of its own; two that want the same part come one by one."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, strikes: "Mapping[str, Strike] | None" = None) -> None:
         self._service = service
-        self._locks = {name: threading.Lock() for kind in KINDS.values() for parts in kind.targets for name in parts}
+        self._strikes = STRIKES if strikes is None else strikes
+        self._locks = {name: threading.Lock() for name in EVERYTHING}
         self._threads: list[threading.Thread] = []
         self.found: list[tuple[Fault, str]] = []
 
@@ -47,7 +51,7 @@ class Faults:
             story = self._service.story
             story.tell("fault", number=fault.number, kind=fault.kind, parts=fault.parts, jobs=self._jobs(fault.parts))
             try:
-                found = STRIKES[fault.kind](self._service, fault)
+                found = self._strikes[fault.kind](self._service, fault)
             except Exception as error:
                 self._service.complain(f"{fault.kind} of {fault.parts}: {type(error).__name__}: {error}")
                 found = "broken"
@@ -171,7 +175,8 @@ def _cancel_one(service: Service, draw: float) -> str:
     job = going[int(draw * len(going))]
     service.cancelled.add(job)
     try:
-        service.clients[service.tenants[job]].cancel(job)
+        # An answer may be lost with its connection: whoever asks again gets it.
+        patiently(lambda: service.clients[service.tenants[job]].cancel(job))
     except IllegalTransition:
         service.cancelled.discard(job)
         return "it had ended"
@@ -308,7 +313,7 @@ def api_ended(service: Service, fault: Fault) -> str:
 @contextmanager
 def _stream(service: Service, job: str) -> Iterator[bool]:
     """An open event stream of a job that nobody reads; False if the API did not answer."""
-    url = f"http://127.0.0.1:{service.installation.port}/v1/jobs/{job}/events"
+    url = f"{service.api}/v1/jobs/{job}/events"
     headers = {"Accept": "text/event-stream", "Authorization": f"Bearer {service.keys[service.tenants[job]]}"}
     with httpx.Client(timeout=20) as client, ExitStack() as stack:
         opened = False
@@ -353,7 +358,7 @@ def _broker(service: Service) -> Iterator["redis.Redis"]:
         yield broker
 
 
-STRIKES: Mapping[str, Callable[[Service, Fault], str]] = {
+STRIKES: Mapping[str, Strike] = {
     "attempt_killed": attempt_killed,
     "attempt_frozen": attempt_frozen,
     "worker_killed": worker_killed,

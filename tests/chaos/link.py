@@ -17,13 +17,14 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Link:
-    """Connections from a loopback port to the server behind a Unix socket.
+    """Connections from a port of `host` to the server behind a Unix socket.
 
     answers_lost   how often a commit was done and its answer thrown away with the connection
     """
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, host: str = "127.0.0.1") -> None:
         self._socket = socket
+        self._host = host
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
         self._open = asyncio.Event()
@@ -124,7 +125,7 @@ class Link:
 
     async def _start(self) -> None:
         self._open.set()
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._serve, self._host, 0)
         self.port = server.sockets[0].getsockname()[1]
         self._server = server
 

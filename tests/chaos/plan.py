@@ -109,6 +109,7 @@ class Plan:
     seed: int
     submissions: tuple[Submission, ...]
     faults: tuple[Fault, ...]
+    kinds: Mapping[str, Kind]
 
     @property
     def seconds(self) -> float:
@@ -116,10 +117,10 @@ class Plan:
         return self.faults[-1].at if self.faults else 0.0
 
 
-def draw(seed: int, *, faults: int = 80, jobs: int = 60) -> Plan:
+def draw(seed: int, *, faults: int = 80, jobs: int = 60, kinds: Mapping[str, Kind] = KINDS) -> Plan:
     """The plan of a seed: jobs over nine tenths of the time; all kinds of faults before one comes again."""
     random = Random(seed)
-    struck = tuple(_faults(random, faults))
+    struck = tuple(_faults(random, faults, kinds))
     last = 0.9 * faults * SECONDS_BETWEEN
     # The first jobs wait at once, so that early faults find something to do.
     times = sorted(0.0 if number < 6 else random.uniform(0, last) for number in range(jobs))
@@ -128,10 +129,10 @@ def draw(seed: int, *, faults: int = 80, jobs: int = 60) -> Plan:
         Submission(round(at, 1), TENANTS[number % len(TENANTS)], names[random.randrange(len(names))])
         for number, at in enumerate(times)
     )
-    return Plan(seed, tuple(submissions), struck)
+    return Plan(seed, tuple(submissions), struck, kinds)
 
 
-def _faults(random: Random, count: int) -> list[Fault]:
+def _faults(random: Random, count: int, kinds: Mapping[str, Kind]) -> list[Fault]:
     """Faults whose parts are not still suffering from an earlier one."""
     free_at = dict.fromkeys(EVERYTHING, 0.0)
     waiting: list[str] = []
@@ -139,25 +140,25 @@ def _faults(random: Random, count: int) -> list[Fault]:
     at = 0.0
     for number in range(count):
         at = max(at, round(SECONDS_BETWEEN * number + random.uniform(2.0, 4.0), 1))
-        waiting = waiting or random.sample(list(KINDS), len(KINDS))
-        while (found := _next(random, waiting, free_at, at)) is None:
+        waiting = waiting or random.sample(list(kinds), len(kinds))
+        while (found := _next(random, kinds, waiting, free_at, at)) is None:
             at = round(at + 1.0, 1)
         name, parts = found
         drawn.append(Fault(number, at, name, parts, round(random.random(), 3)))
-        free_at |= dict.fromkeys(parts, at + KINDS[name].seconds)
+        free_at |= dict.fromkeys(parts, at + kinds[name].seconds)
     return drawn
 
 
 def _next(
-    random: Random, waiting: list[str], free_at: Mapping[str, float], at: float
+    random: Random, kinds: Mapping[str, Kind], waiting: list[str], free_at: Mapping[str, float], at: float
 ) -> tuple[str, tuple[str, ...]] | None:
     """A kind and its parts: the first one that waits and finds a target free, else any that does.
 
     The last two that wait are waited for: such as a power cut, which finds all parts free only if nothing else strikes.
     """
-    others = random.sample(list(KINDS), len(KINDS)) if len(waiting) > 2 else []
+    others = random.sample(list(kinds), len(kinds)) if len(waiting) > 2 else []
     for name in (*waiting, *others):
-        targets = [parts for parts in KINDS[name].targets if all(free_at[part] <= at for part in parts)]
+        targets = [parts for parts in kinds[name].targets if all(free_at[part] <= at for part in parts)]
         if targets:
             if name in waiting:
                 waiting.remove(name)

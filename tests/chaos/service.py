@@ -27,6 +27,7 @@ from tests import servers
 from tests.chaos.link import Link
 from tests.chaos.plan import LEASE_SECONDS, LINKED, TENANTS, WORKERS
 from tests.e2e.installation import READERS, Installation, Process, children, command_line
+from tests.hosts.namespaces import Host
 from tests.supervise.bench import alive, wait_for
 
 T = TypeVar("T")
@@ -68,6 +69,10 @@ class Service:
     jobs         recipe of each job, by id
     cancelled    jobs that a fault has cancelled and their tenant has not seen cancelled yet
     complaints   what went otherwise than it must
+    hosts        the part's host, where each has one
+    kept_every   seconds after which a worker keeps what a job has finished elsewhere, where it does
+    api          the API's address
+    models       the model as each tenant names it; its folder where a tenant is not there
     """
 
     installation: Installation
@@ -82,6 +87,10 @@ class Service:
     tenants: dict[str, str] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
     complaints: list[str] = field(default_factory=list)
+    hosts: Mapping[str, Host] = field(default_factory=dict)
+    kept_every: float | None = None
+    api: str = ""
+    models: dict[str, object] = field(default_factory=dict)
 
     def part(self, name: str) -> Process:
         """A part of the service by its name."""
@@ -94,7 +103,7 @@ class Service:
 
     def submit(self, tenant: str, recipe: str, body: Mapping[str, object]) -> str:
         """Submit a job by HTTP; its id."""
-        job = self.clients[tenant].submit({"model": str(self.installation.model), **body})
+        job = self.clients[tenant].submit({"model": self.models.get(tenant, str(self.installation.model)), **body})
         self.jobs[job.id], self.tenants[job.id] = recipe, tenant
         self.story.tell("submitted", job=job.id, tenant=tenant, recipe=recipe)
         return job.id
@@ -175,32 +184,48 @@ def serving(folder: Path, model: Path) -> Iterator[Service]:
         postgres = Process(
             "postgres", cluster.command, dict(os.environ), folder / "logs" / "postgres.log", user=cluster.user
         )
-        socket = cluster.folder / ".s.PGSQL.5432"
-        links = {name: Link(socket) for (name,) in LINKED}
+        here = "127.0.0.1"
+        links = {name: link_of(cluster, here) for (name,) in LINKED}
         clocks = {name: folder / f"{name}.clock" for name in WORKERS}
-        url = servers.text(cluster.url)
-        installation = Installation(folder, model, url, settings={"LEASE_SECONDS": str(LEASE_SECONDS)})
+        settings = {"LEASE_SECONDS": str(LEASE_SECONDS)}
+        installation = Installation(folder, model, servers.text(cluster.url), settings=settings)
         service = Service(installation, postgres, cluster, links, clocks, Story(folder / "story.jsonl"))
+        service.api = f"http://{here}:{installation.port}"
         try:
-            for link in links.values():
-                link.__enter__()
-            _rewire(service)
-            service.start_postgres()
-            migrate(url)
-            _tenants(service)
-            installation.start("valkey", "sweep", "api", *WORKERS)
-            wait_for(service.ready, PATIENCE, what="the API")
+            begin(service, here)
             yield service
         finally:
-            _end(service)
+            end_service(service)
 
 
-def _rewire(service: Service) -> None:
+def link_of(cluster: servers.Cluster, host: str) -> Link:
+    """A way to the database from a port of `host`."""
+    return Link(cluster.folder / ".s.PGSQL.5432", host)
+
+
+def begin(service: Service, here: str, place: Callable[[], None] = lambda: None) -> None:
+    """Start everything, the tenants and their clients included.
+
+    here    address of this machine as the parts see it
+    place   called before they start, and may give them places of their own
+    """
+    for link in service.links.values():
+        link.__enter__()
+    _rewire(service, here)
+    place()
+    service.start_postgres()
+    migrate(service.installation.database_url)
+    _tenants(service)
+    service.installation.start("valkey", "sweep", "api", *WORKERS)
+    wait_for(service.ready, PATIENCE, what="the API")
+
+
+def _rewire(service: Service, here: str) -> None:
     """Lead the parts' connections through links, give workers clocks that can be wrong, and all of them a TMPDIR."""
     installation = service.installation
     for name, link in service.links.items():
         command = installation[name].command
-        settings = {"DATABASE_URL": f"postgresql+psycopg://postgres@127.0.0.1:{link.port}/postgres"}
+        settings = {"DATABASE_URL": f"postgresql+psycopg://postgres@{here}:{link.port}/postgres"}
         if name in WORKERS:
             service.clocks[name].write_text("0")
             command = [sys.executable, "-m", "tests.chaos.moving_clock", str(service.clocks[name])]
@@ -220,10 +245,11 @@ def _tenants(service: Service) -> None:
             tenant = ensure_tenant(session, name)
             _, key = issue_key(session, tenant.id, name=name, scopes=frozenset(Scope))
         service.keys[name] = key
-        service.clients[name] = Client(f"http://127.0.0.1:{service.installation.port}", key, retry=policy)
+        service.clients[name] = Client(service.api, key, retry=policy)
 
 
-def _end(service: Service) -> None:
+def end_service(service: Service) -> None:
+    """End everything that runs."""
     service.installation.close()
     service.installation.database.close()
     for client in service.clients.values():

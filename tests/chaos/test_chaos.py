@@ -8,18 +8,22 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.checks import check_files, check_messages, check_results, check_rows, own_processes, results
-from tests.chaos.faults import Faults, recipe_body
+from tests.chaos.faults import STRIKES, Faults, Strike, recipe_body
+from tests.chaos.hosts import HOST_KINDS, cable_pulled, host_lost, serving_on_hosts
 from tests.chaos.plan import KINDS, RECIPES, TENANTS, WORKERS, Plan, draw
 from tests.chaos.service import Service, serving
 from tests.chaos.tenants import Tenants
 from tests.e2e.conftest import train
 from tests.e2e.installation import Process
+from tests.hosts.cluster import S3
+from tests.hosts.namespaces import missing
 from tests.supervise.bench import wait_for
 
 SEED = int(os.environ.get("BITWRIGHT_TEST_CHAOS_SEED", "1"))
@@ -45,9 +49,9 @@ def _ended(service: Service, job_id: str) -> bool:
     return service.job(job_id).finished_at is not None
 
 
-def suffer(service: Service, plan: Plan) -> tuple[Faults, Tenants]:
+def suffer(service: Service, plan: Plan, strikes: Mapping[str, Strike]) -> tuple[Faults, Tenants]:
     """Let the faults strike while tenants submit, and all become as it should be."""
-    faults, story = Faults(service), service.story
+    faults, story = Faults(service, strikes), service.story
     began = story.seconds
     with Tenants(service, plan) as tenants:
         for fault in plan.faults:
@@ -95,28 +99,40 @@ def _has_pruned(process: Process) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_service_under_faults_of_all_kinds_loses_nothing_and_leaves_nothing(tmp_path: Path) -> None:
-    plan = draw(SEED, faults=FAULTS, jobs=JOBS)
     model = train(tmp_path / "models", blocks=4)
     with serving(tmp_path / "service", model) as service:
-        sys.stdout.write(f"what happens: {tmp_path}/service/story.jsonl\n")
-        expected = undisturbed(service, tmp_path / "undisturbed")
-        began = service.story.seconds
-        faults, tenants = suffer(service, plan)
-        seconds = service.story.seconds - began
-        compared = check_results(service, expected, tmp_path / "downloads")
-        clear(service)
-        counts = check_rows(service) | check_files(service)
-        found = {kind: [what for fault, what in faults.found if fault.kind == kind] for kind in KINDS}
-        summary = {
-            **{"seed": plan.seed, "faults": len(faults.found), "kinds": len([k for k, v in found.items() if v])},
-            **{
-                "seconds": round(seconds),
-                "asked_again": len(tenants.asked_again),
-                "files_compared": compared,
-                **counts,
-            },
-            "missed": sum(what in ("no attempt", "no job", "0 answers") for _, what in faults.found),
-        }
-        service.story.tell("summary", **summary, found=found)
-        sys.stdout.write(json.dumps(summary) + "\n")
-        assert service.complaints == []
+        judge(service, draw(SEED, faults=FAULTS, jobs=JOBS), STRIKES, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_so_does_one_on_three_hosts(tmp_path: Path) -> None:
+    """With cables that are pulled and hosts that are lost with their disks, besides: `make test-chaos-hosts`."""
+    reason = missing() or (None if os.environ.get(S3) else f"{S3} names no S3: `make test-chaos-hosts`")
+    if reason:
+        pytest.skip(reason)
+    model = train(tmp_path / "models", blocks=4)
+    with serving_on_hosts(tmp_path / "service", model) as service:
+        strikes = {**STRIKES, "cable_pulled": cable_pulled, "host_lost": host_lost}
+        judge(service, draw(SEED, faults=FAULTS, jobs=JOBS, kinds=HOST_KINDS), strikes, tmp_path)
+
+
+def judge(service: Service, plan: Plan, strikes: Mapping[str, Strike], folder: Path) -> None:
+    """Let the plan happen, and look at all that is left."""
+    sys.stdout.write(f"what happens: {folder}/service/story.jsonl\n")
+    expected = undisturbed(service, folder / "undisturbed")
+    began = service.story.seconds
+    faults, tenants = suffer(service, plan, strikes)
+    seconds = service.story.seconds - began
+    compared = check_results(service, expected, folder / "downloads")
+    clear(service)
+    counts = check_rows(service) | check_files(service)
+    found = {kind: [what for fault, what in faults.found if fault.kind == kind] for kind in plan.kinds}
+    summary = {
+        **{"seed": plan.seed, "faults": len(faults.found), "kinds": len([k for k, v in found.items() if v])},
+        **{"seconds": round(seconds), "asked_again": len(tenants.asked_again), "files_compared": compared, **counts},
+        "missed": sum(what in ("no attempt", "no job", "0 answers") for _, what in faults.found),
+    }
+    service.story.tell("summary", **summary, found=found)
+    sys.stdout.write(json.dumps(summary) + "\n")
+    assert service.complaints == []

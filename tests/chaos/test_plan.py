@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from tests.chaos.faults import STRIKES
+from tests.chaos.hosts import HOST_KINDS
 from tests.chaos.plan import EVERYTHING, KINDS, RECIPES, SECONDS_BETWEEN, TENANTS, draw
 
 SEEDS = range(8)
@@ -33,3 +34,8 @@ def test_a_seed_gives_one_plan_and_each_its_own() -> None:
 
 def test_every_kind_is_carried_out() -> None:
     assert STRIKES.keys() == KINDS.keys()
+
+
+def test_on_hosts_of_their_own_parts_suffer_what_hosts_do_besides() -> None:
+    plan = draw(1, kinds=HOST_KINDS)
+    assert {fault.kind for fault in plan.faults} == {*KINDS, "cable_pulled", "host_lost"}
