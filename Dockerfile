@@ -12,12 +12,14 @@ ENV PATH=/opt/bitwright/bin:$PATH
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY bitwright/pyproject.toml bitwright/pyproject.toml
 
-# The libraries first: they change less often than the code.
+# The libraries first: they change less often than the code. What setuptools built of the empty packages goes: it is newer
+# than the files that are copied then, and would stay in their place.
 FROM build AS build-api
 RUN --mount=type=cache,target=/root/.cache/pip \
     mkdir -p app bitwright/asynchronous bitwright/blocking bitwright/cli bitwright/measured bitwright/webhooks \
     && touch app/__init__.py bitwright/__init__.py \
-    && pip install -c constraints.txt ./bitwright '.[api,otel]' && pip uninstall -y bitwright bitwright-service
+    && pip install -c constraints.txt ./bitwright '.[api,otel]' && pip uninstall -y bitwright bitwright-service \
+    && rm -rf build bitwright/build
 COPY bitwright bitwright
 COPY app app
 COPY workers workers
@@ -28,7 +30,8 @@ FROM build AS build-worker
 RUN --mount=type=cache,target=/root/.cache/pip \
     mkdir -p app bitwright/asynchronous bitwright/blocking bitwright/cli bitwright/measured bitwright/webhooks \
     && touch app/__init__.py bitwright/__init__.py \
-    && pip install -c constraints.txt ./bitwright '.[worker,otel]' && pip uninstall -y bitwright bitwright-service
+    && pip install -c constraints.txt ./bitwright '.[worker,otel]' && pip uninstall -y bitwright bitwright-service \
+    && rm -rf build bitwright/build
 COPY bitwright bitwright
 COPY app app
 COPY workers workers
