@@ -32,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve test test-slow test-chaos test-hosts test-chaos-hosts test-gpu test-llama-cpp test-lm-eval test-vllm test-browser test-architectures test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
+.PHONY: help demo serve test test-slow test-chaos test-hosts test-chaos-hosts test-image test-gpu test-llama-cpp test-lm-eval test-vllm test-browser test-architectures test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ test-hosts: $(VENV)/.test $(BUCKET)/.installed ## Run two APIs and three workers
 
 test-chaos-hosts: $(VENV)/.test $(BUCKET)/.installed ## The chaos on three hosts of their own, with cables that are pulled and hosts that are lost (root, Linux; half an hour)
 	BITWRIGHT_TEST_S3='$(abspath $(BUCKET))/bin/moto_server' BITWRIGHT_TEST_CHAOS_SEED='$(SEED)' BITWRIGHT_TEST_CHAOS_FAULTS='$(FAULTS)' BITWRIGHT_TEST_CHAOS_JOBS='$(JOBS)' $(BIN)/python -m pytest -s -m slow tests/chaos/test_chaos.py -k hosts $(ARGS)
+
+test-image: $(VENV)/.test ## Run the Dockerfile's steps for the API's image in folders, and use what they leave (installs from the index)
+	BITWRIGHT_TEST_IMAGE=1 $(BIN)/python -m pytest -m slow tests/test_image_steps.py $(ARGS)
 
 test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
