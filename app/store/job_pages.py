@@ -9,7 +9,7 @@ statement (`Database`) ends that.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import (
     ColumnElement,
@@ -19,6 +19,7 @@ from sqlalchemy import (
     cast,
     func,
     literal_column,
+    or_,
     select,
     tuple_,
     type_coerce,
@@ -51,7 +52,11 @@ STATE: Sequence[ColumnElement[Any]] = (
 )
 """All of a listed job that changes during its life, with its id; documents as the text that is stored."""
 
+COUNTED = 30_000
+"""So many jobs of a model or method are counted, to find the rarer one."""
+
 Ids = Select[str]
+Column = Literal["model", "method"]
 Conditions = list[ColumnElement[bool]]
 
 
@@ -110,7 +115,7 @@ def _matching(session: Session, tenant_id: str, filters: JobFilters, after: str 
     """The query for the ids of a page."""
     branches = [
         select(JOB.id).where(JOB.tenant_id == tenant_id, *_before(JOB.id, after), *columns)
-        for columns in _indexed_columns(filters)
+        for columns in _indexed_columns(filters, _passed_over(session, tenant_id, filters))
     ]
     if not filters.labels:
         return _newest(branches, limit)
@@ -138,7 +143,7 @@ def _rarest(session: Session, by_label: Sequence[Ids]) -> tuple[Ids, int]:
     """The label that the fewest jobs have, of those that are looked at, and how many do, up to `MANY`."""
     rarest, least = by_label[0], MANY
     for ids in by_label:
-        count = session.scalar(select(func.count()).select_from(ids.limit(least).subquery())) or 0
+        count = _count(session, ids, least)
         if count < least:
             rarest, least = ids, count
         if least < FEW:
@@ -146,15 +151,40 @@ def _rarest(session: Session, by_label: Sequence[Ids]) -> tuple[Ids, int]:
     return rarest, least
 
 
-def _indexed_columns(filters: JobFilters) -> list[Conditions]:
-    """Conditions of each part of an index in which the jobs stand in the order of pages; one job may be in two."""
+def _indexed_columns(filters: JobFilters, passed_over: Column | None) -> list[Conditions]:
+    """Conditions of each part of an index in which the jobs stand in the order of pages; one job may be in two.
+
+    passed_over   a column whose index is not to be taken
+    """
     if not filters.by_columns:
         return [[]]
     statuses = [filters.status] if filters.status is not None else list(JobStatus)
     names: list[Conditions] = [[]]
     if filters.method is not None:
         names = [[JOB.method == filters.method], [JOB.recipe == filters.method]]
-    return [[JOB.status == status, *name, *_is_model(filters)] for status, name in product(statuses, names)]
+        if passed_over == "method":
+            names = [[or_(*(name.concat("") == filters.method for name in (JOB.method, JOB.recipe)))]]
+    model = _is_model(filters) if passed_over != "model" else [JOB.model.concat("") == filters.model]
+    return [[JOB.status == status, *name, *model] for status, name in product(statuses, names)]
+
+
+def _passed_over(session: Session, tenant_id: str, filters: JobFilters) -> Column | None:
+    """The one of model and method that more jobs have, for SQLite, which would take either index: it counts nothing.
+
+    PostgreSQL knows how frequent values are.
+    """
+    if session.get_bind().dialect.name != "sqlite" or filters.model is None or filters.method is None:
+        return None
+    start: ColumnElement[str] = literal_column(MODEL_START)
+    ours = select(JOB.id).where(JOB.tenant_id == tenant_id)
+    of_model = _count(session, ours.where(start == filters.model[:START_LENGTH]), COUNTED)
+    of_method = _count(session, ours.where(JOB.method == filters.method), COUNTED)
+    of_method += _count(session, ours.where(JOB.recipe == filters.method), COUNTED)
+    return "method" if of_model <= of_method else "model"
+
+
+def _count(session: Session, ids: Ids, most: int) -> int:
+    return session.scalar(select(func.count()).select_from(ids.limit(most).subquery())) or 0
 
 
 def _columns(filters: JobFilters) -> Conditions:

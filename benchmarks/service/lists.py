@@ -11,18 +11,19 @@ of all (`deep`). `walk` goes from page to page, so that no job of any was read b
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from statistics import median, quantiles
 from typing import Any
 
 import httpx
+from sqlalchemy import make_url
 
 from app.domain.access import Scope
 from app.store.session import Database
 from app.store.tenancy.keys import ensure_tenant, issue_key
 from benchmarks.service.filling import START, job_id
-from benchmarks.service.running import running_api
+from benchmarks.service.running import postgres_pid, processor_seconds, running_api
 
 MOST_MILLISECONDS = 60_000
 """A query that has taken as long in all is asked no more."""
@@ -40,6 +41,8 @@ QUERIES: dict[str, dict[str, str]] = {
     "method and status": {"method": "gptq", "status": "failed"},
     "method and status, none": {"method": "gptq", "status": "running"},
     "model and status": {"model": "org/model-0", "status": "cancelled"},
+    "model, none, and method": {"model": "org/none", "method": "signround"},
+    "frequent model and method, none": {"model": "org/model-0", "method": "awq"},
     "model and method": {"model": "org/model-9", "method": "signround"},
     "model, method and status": {"model": "org/model-9", "method": "signround", "status": "failed"},
     "label": {"metadata.team": "t3"},
@@ -60,55 +63,63 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--tree", default="", help="folder of another version of the service, which answers instead")
     arguments = parser.parse_args()
-    database = Database(arguments.url)
+    database, url = Database(arguments.url), make_url(arguments.url)
     with database.transaction() as session:
         tenant = ensure_tenant(session, "tenant-0").id
         _, key = issue_key(session, tenant, name="lists", scopes=frozenset({Scope.READ}))
     database.close()
     with running_api(arguments.url, tree=arguments.tree) as api:
-        for told in measure(api.address, key, arguments.rounds):
+        pids = [api.pid, *((postgres_pid(url),) if url.get_backend_name() == "postgresql" else ())]
+        for told in measure(api.address, key, arguments.rounds, pids):
             print(json.dumps(told), flush=True)
 
 
-def measure(address: str, key: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """Milliseconds of each query: median, 95th percentile, and the number of jobs of its page."""
+def measure(address: str, key: str, rounds: int, pids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Milliseconds of each query: median, 95th percentile, processor time of all processes, and jobs of its page."""
     middle = job_id(START + timedelta(seconds=20 * 500_000), 500_000)
     with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, timeout=120) as client:
         for name, query in QUERIES.items():
             for place, more in (("newest", {}), ("deep", {"after": middle})):
-                yield {"query": name, "from": place, **_repeated(client, {**query, **more}, rounds)}
-        yield {"query": "all", "from": "walk", **_walked(client, middle, rounds)}
+                yield {"query": name, "from": place, **_repeated(client, {**query, **more}, rounds, pids)}
+        yield {"query": "all", "from": "walk", **_walked(client, middle, rounds, pids)}
 
 
-def _repeated(client: httpx.Client, query: dict[str, str], rounds: int) -> dict[str, Any]:
-    milliseconds: list[float] = []
-    found = 0
-    while len(milliseconds) < rounds and sum(milliseconds) < MOST_MILLISECONDS:
+def _repeated(client: httpx.Client, query: dict[str, str], rounds: int, pids: Sequence[int]) -> dict[str, Any]:
+    def ask() -> tuple[float, int]:
         took, page = _asked(client, query)
-        milliseconds.append(took)
-        found = len(page["items"])
-    return {**_figures(milliseconds), "found": found}
+        return took, len(page["items"])
+
+    return _figures(ask, rounds, pids)
 
 
-def _walked(client: httpx.Client, start: str, rounds: int) -> dict[str, Any]:
-    milliseconds: list[float] = []
+def _walked(client: httpx.Client, start: str, rounds: int, pids: Sequence[int]) -> dict[str, Any]:
     cursor = start
-    for _ in range(rounds):
+
+    def ask() -> tuple[float, int]:
+        nonlocal cursor
         took, page = _asked(client, {"after": cursor})
-        milliseconds.append(took)
         cursor = page["next_cursor"]
-    return {**_figures(milliseconds), "found": len(page["items"])}
+        return took, len(page["items"])
+
+    return _figures(ask, rounds, pids)
+
+
+def _figures(ask: Callable[[], tuple[float, int]], rounds: int, pids: Sequence[int]) -> dict[str, Any]:
+    milliseconds: list[float] = []
+    before, found = sum(map(processor_seconds, pids)), 0
+    while len(milliseconds) < rounds and sum(milliseconds) < MOST_MILLISECONDS:
+        took, found = ask()
+        milliseconds.append(took)
+    spent = (sum(map(processor_seconds, pids)) - before) * 1000 / len(milliseconds)
+    late = quantiles(milliseconds, n=20)[-1] if len(milliseconds) > 1 else milliseconds[0]
+    told = {"median": median(milliseconds), "p95": late, "processor": spent}
+    return {**{name: round(value, 1) for name, value in told.items()}, "found": found}
 
 
 def _asked(client: httpx.Client, query: dict[str, str]) -> tuple[float, Any]:
     started = time.perf_counter()
     answer = client.get("/v1/jobs", params=query).raise_for_status()
     return (time.perf_counter() - started) * 1000, answer.json()
-
-
-def _figures(milliseconds: list[float]) -> dict[str, float]:
-    late = quantiles(milliseconds, n=20)[-1] if len(milliseconds) > 1 else milliseconds[0]
-    return {"median": round(median(milliseconds), 1), "p95": round(late, 1)}
 
 
 if __name__ == "__main__":

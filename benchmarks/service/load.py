@@ -16,16 +16,14 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import httpx
-import psycopg
 from sqlalchemy import URL
 
 from benchmarks.service.connections import connected
-from benchmarks.service.running import prepared, running_api
+from benchmarks.service.running import postgres_pid, prepared, running_api
 from tests import servers
 
 JOB = {"model": "org/model", "method": "rtn", "bits": 4, "metadata": {"commit": "abc", "team": "x"}}
@@ -74,11 +72,7 @@ def begin_service(stack: ExitStack, postgres: URL, tree: str, jobs: int) -> Serv
     with httpx.Client(base_url=api.address, headers={"Authorization": f"Bearer {key}"}, timeout=300) as client:
         for number in range(jobs):
             client.post("/v1/jobs", json={**JOB, "seed": number}).raise_for_status()
-    with psycopg.connect(servers.libpq(postgres)) as connection:
-        folder = connection.execute("SHOW data_directory").fetchone()
-    assert folder is not None
-    pid = int((Path(folder[0]) / "postmaster.pid").read_text().split("\n")[0])
-    return Service(api.address, key, api.pid, pid)
+    return Service(api.address, key, api.pid, postgres_pid(postgres))
 
 
 async def _measure(measured: Service, arguments: argparse.Namespace) -> dict[str, Any]:

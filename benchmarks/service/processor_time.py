@@ -17,10 +17,9 @@ from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
-import psutil
-
 from benchmarks.service.connections import Connections, connected
 from benchmarks.service.load import JOB, Service, begin_service
+from benchmarks.service.running import processor_seconds
 from tests import servers
 
 KINDS = ("read", "submission", "page")
@@ -72,25 +71,8 @@ async def _ask(connections: Connections, kind: str, job_id: str, number: int) ->
 
 
 def _spent(service: Service) -> tuple[float, float, float]:
-    """Seconds of processor time so far: the API's, PostgreSQL's with those of its connections that have ended, ours."""
-    return (
-        _seconds(psutil.Process(service.pid)),
-        sum(_seconds(each) for each in _with_children(service.postgres)),
-        time.process_time(),
-    )
-
-
-def _with_children(pid: int) -> list[psutil.Process]:
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
-
-
-def _seconds(process: psutil.Process) -> float:
-    try:
-        times = process.cpu_times()
-    except psutil.NoSuchProcess:
-        return 0.0
-    return times.user + times.system + times.children_user + times.children_system
+    """Seconds of processor time so far: the API's, PostgreSQL's, ours."""
+    return processor_seconds(service.pid), processor_seconds(service.postgres), time.process_time()
 
 
 def _medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:

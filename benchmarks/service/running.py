@@ -8,10 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
+import psutil
+import psycopg
+from sqlalchemy import URL
 
-from tests.servers import free_port
+from tests.servers import free_port, libpq
 
 START_SECONDS = 60.0
 BEFORE = ["-m", "uvicorn", "--factory", "app.api.main:create_app"]
@@ -71,6 +75,28 @@ def running_api(url: str, *, tree: str = "", broker_url: str = "", **settings: s
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def postgres_pid(url: URL) -> int:
+    """Process of the PostgreSQL server on this machine."""
+    with psycopg.connect(libpq(url)) as connection:
+        folder = connection.execute("SHOW data_directory").fetchone()
+    assert folder is not None
+    return int((Path(folder[0]) / "postmaster.pid").read_text().split("\n")[0])
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time so far of a process and its children, with those that have ended."""
+    process = psutil.Process(pid)
+    return sum(_seconds(each) for each in (process, *process.children(recursive=True)))
+
+
+def _seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _await_answer(process: subprocess.Popen[bytes], address: str) -> None:
