@@ -36,7 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", default="", help="folder of another version; empty: this one alone")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of saturation; 0: none")
+    parser.add_argument("--rate-seconds", type=float, default=5.0, help="of the fixed rate")
     parser.add_argument("--jobs", type=int, default=200, help="in each database at the start")
     parser.add_argument("--reads", type=float, default=100.0, help="a second, at the fixed rate")
     parser.add_argument("--submissions", type=float, default=10.0, help="a second, at the fixed rate")
@@ -90,14 +91,15 @@ async def _measure(measured: Service, arguments: argparse.Namespace) -> dict[str
         async def listed() -> int:
             return (await service.ask("GET", "/v1/jobs?limit=50"))[0]
 
-        seconds = arguments.seconds
-        told: dict[str, Any] = {
-            "reads_a_second": await _saturate(read, READERS, seconds),
-            "submissions_a_second": await _saturate(submit, SUBMITTERS, seconds),
-            "lists_a_second": await _saturate(listed, LISTERS, seconds),
-        }
+        told: dict[str, Any] = {}
+        if seconds := arguments.seconds:
+            told = {
+                "reads_a_second": await _saturate(read, READERS, seconds),
+                "submissions_a_second": await _saturate(submit, SUBMITTERS, seconds),
+                "lists_a_second": await _saturate(listed, LISTERS, seconds),
+            }
         rates = ((read, arguments.reads), (submit, arguments.submissions))
-        results = await asyncio.gather(*(_at_rate(call, rate, seconds) for call, rate in rates))
+        results = await asyncio.gather(*(_at_rate(call, rate, arguments.rate_seconds) for call, rate in rates))
         told["at_rate"] = dict(zip(("reads", "submissions"), results, strict=True))
         return told
 
@@ -141,13 +143,14 @@ async def _at_rate(call: Call, rate: float, seconds: float) -> dict[str, Any]:
 
 
 def _summary(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    names = ("reads_a_second", "submissions_a_second", "lists_a_second")
+    names = [name for name in rounds[0]["this"] if name.endswith("_a_second")]
     told: dict[str, Any] = {"medians": {}, "ratios": {}}
     for version in rounds[0]:
         told["medians"][version] = {name: median(each[version][name] for each in rounds) for name in names}
     if "other" in rounds[0]:
         ratios = {name: [each["this"][name] / each["other"][name] for each in rounds] for name in names}
         told["ratios"] = {name: round(median(values), 2) for name, values in ratios.items()}
+        told["each"] = {name: [round(value, 2) for value in values] for name, values in ratios.items()}
     return told
 
 
