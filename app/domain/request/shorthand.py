@@ -1,5 +1,6 @@
 """Shorthand requests and what they stand for. Expansion fills in structure, never judges values: validation does."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -181,12 +182,15 @@ def _apply_preset(body: dict[str, object]) -> None:
 
 
 def _named_schemes(quantization: Mapping[str, object]) -> list[object]:
-    """Values that stand where a request may name bits and schemes of linears, unchecked."""
+    """Values that stand where a request may name bits and schemes of linears, unchecked; of an average, whole bits."""
     modules = quantization.get("modules")
     overrides = modules.get("overrides") if isinstance(modules, Mapping) else None
     own = overrides.values() if isinstance(overrides, Mapping) else ()
     places = [quantization, *(each for each in own if isinstance(each, Mapping))]
-    return [each.get(name) for each in places for name in ("scheme", "bits")]
+    found = [each.get(name) for each in places for name in ("scheme", "bits")]
+    average = found[1].get("average") if isinstance(found[1], Mapping) else None
+    whole = math.floor(average) if isinstance(average, int | float) and math.isfinite(average) else None
+    return [*found, whole]
 
 
 def _expand_outer(body: dict[str, object]) -> None:

@@ -37,6 +37,17 @@ def test_a_preset_gives_few_bits_more_text(bits: int, steps: int, further: int) 
     assert given.calibration.written_samples == 0
 
 
+@pytest.mark.parametrize(("average", "steps"), [(2.5, 400), (3.75, 400), (4.25, 100)])
+def test_a_preset_gives_a_low_average_more_text(average: float, steps: int) -> None:
+    body = {
+        "model": "org/name",
+        "quantization": {"method": "signround", "preset": "best", "bits": {"average": average}},
+    }
+    request = JobRequest.parse(body)
+    assert request.quantization.end_to_end_steps() == steps
+    assert request.calibration.further_samples == (512 if steps == 400 else 0)
+
+
 @pytest.mark.parametrize(
     ("scheme", "steps"),
     [

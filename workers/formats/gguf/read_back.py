@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from functools import cache
 from math import isclose
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import gguf
 import numpy as np
+from gguf import GGUFValueType
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
@@ -43,6 +45,10 @@ PROBE = (
     "They'LL see it's 50% off\n\n\tdef f(x):  return x**2  # über\r\n   trailing   "
 )
 """Text on which tokenizers of different rules differ: digits, apostrophes, spaces, accents (one apart), scripts."""
+
+
+_ARRAY, _LENGTH = Struct("<IQ"), Struct("<Q")
+"""What begins a list: the type of its items and how many they are; and a text: its bytes."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,10 @@ def _tokenizes_otherwise(folder: Path, file: str, source: Path) -> bool:
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
-    """gguf-py's reader over plain memory: a slice of a `numpy.memmap` takes several times as long as one of an array,
-    and each token of a vocabulary takes ten.
+    """gguf-py's reader over plain memory, which goes through lists of texts at once.
+
+    A slice of a `numpy.memmap` takes several times as long as one of an array, and each token of a vocabulary takes ten
+    in the package's own loop. Only for files of little-endian numbers, as all are that are written here.
     """
 
     @property
@@ -127,6 +135,18 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
     @data.setter
     def data(self, mapped: NDArray[np.uint8]) -> None:
         self._bytes = np.asarray(mapped)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        kind, count = _ARRAY.unpack_from(self._bytes, orig_offs) if raw_type == GGUFValueType.ARRAY else (raw_type, 0)
+        if (raw_type, kind) != (GGUFValueType.ARRAY, GGUFValueType.STRING):
+            return super()._get_field_parts(orig_offs, raw_type)
+        parts, at = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)], orig_offs + _ARRAY.size
+        for _ in range(count):
+            text = at + _LENGTH.size
+            end = text + _LENGTH.unpack_from(self._bytes, at)[0]
+            parts += (self._bytes[at:text].view(np.uint64), self._bytes[text:end])
+            at = end
+        return at - orig_offs, parts, list(range(3, len(parts), 2)), [GGUFValueType.ARRAY, GGUFValueType.STRING]
 
 
 @contextmanager
