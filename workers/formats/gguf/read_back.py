@@ -137,13 +137,14 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
         self._bytes = np.asarray(mapped)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        kind, count = _ARRAY.unpack_from(self._bytes, orig_offs) if raw_type == GGUFValueType.ARRAY else (raw_type, 0)
+        memory = self._bytes.data
+        kind, count = _ARRAY.unpack_from(memory, orig_offs) if raw_type == GGUFValueType.ARRAY else (raw_type, 0)
         if (raw_type, kind) != (GGUFValueType.ARRAY, GGUFValueType.STRING):
             return super()._get_field_parts(orig_offs, raw_type)
         parts, at = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)], orig_offs + _ARRAY.size
         for _ in range(count):
             text = at + _LENGTH.size
-            end = text + _LENGTH.unpack_from(self._bytes, at)[0]
+            end = text + _LENGTH.unpack_from(memory, at)[0]
             parts += (self._bytes[at:text].view(np.uint64), self._bytes[text:end])
             at = end
         return at - orig_offs, parts, list(range(3, len(parts), 2)), [GGUFValueType.ARRAY, GGUFValueType.STRING]
