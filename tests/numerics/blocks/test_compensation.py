@@ -1,5 +1,7 @@
 """Elimination and sweeps as one call: on a GPU the second call of a kind is captured, and later ones are replayed."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +46,34 @@ def test_the_call_is_elimination_and_then_descent() -> None:
     assert_same(compensate(weight, scheme, factor, moments), eliminate(weight, scheme, factor, moments))
 
 
+class Replay:
+    """A graph that does nothing when it is replayed."""
+
+    def replay(self) -> None:
+        pass
+
+
+def test_a_graph_that_says_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording of the first weight, replayed for the second: it stays what it was."""
+    calls = [given("q4_0", 96, seed, "cpu") for seed in range(4)]
+    made = {seed: plainly(call) for seed, call in enumerate(calls)}
+
+    def found(captured: int) -> list[BlockWeight]:
+        recorder, turns = compensation._Recorder(), iter(range(4))
+
+        def capture(*_: object) -> None:
+            recorder._graph, recorder._made = Replay(), made[captured]  # type: ignore[assignment]
+
+        monkeypatch.setattr(recorder, "_capture", capture)
+        return [recorder.result(partial(made.__getitem__, seed), ()) for seed in turns]
+
+    for one, other in zip(found(captured=0), made.values(), strict=True):
+        assert_same(one, other)
+    replayed = found(captured=1)
+    assert_same(replayed[1], made[1])
+    assert_same(replayed[3], made[1])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "columns"), [("q3_k", 512), ("q2_k", 256), ("q5_1", 160), ("q4_0", 576)])
 def test_replays_say_what_kernels_say_and_keep_what_they_said(
@@ -52,7 +82,7 @@ def test_replays_say_what_kernels_say_and_keep_what_they_said(
     compensation._recorder.cache_clear()
     calls = [given(name, columns, seed, "cuda") for seed in range(4)]
     expected = [plainly(call) for call in calls]
-    found = [compensate(*call) for call in calls[:2]]
+    found = [compensate(*call) for call in calls[:2]]  # one of them is captured
     monkeypatch.setattr(compensation, "eliminate", _never)  # what follows is replayed
     found += [compensate(*call) for call in calls[2:]]
     for one, other in zip(found, expected, strict=True):

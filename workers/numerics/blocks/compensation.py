@@ -1,9 +1,9 @@
 """GPTQ's columns in turn and the sweeps after them, of weights in a block type; on a GPU as CUDA graphs.
 
-What a small weight takes are some hundred launches of a few microseconds each, which cost more to ask for than to
-run. Weights of one shape and type are asked for once: of those that a process sees on a GPU the first goes as it is
-written, the second is captured, and every further one replays that on tensors that stay where they are. Kernels and
-their order are the same, and so are the results, to the bit.
+What a small weight takes are some hundred launches, most of which cost more to ask for than to run. Weights of one
+shape and type are asked for once: of those that a process sees on a GPU the first goes as it is written, the second is
+captured as well, and every further one replays that on tensors that stay where they are. Kernels and their order are
+the same, and so are the results, to the bit; a graph that says otherwise of the second is not used.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor
 from app.domain.methods import Scheme
 from workers.numerics.blocks.descent import descend
 from workers.numerics.blocks.elimination import columns_together, eliminate
-from workers.numerics.blocks.stored_parts import copy_of
+from workers.numerics.blocks.stored_parts import copy_of, same_bytes
 from workers.numerics.quantized import BlockWeight
 
 MOST_WEIGHTS, MOST_COLUMNS = 1 << 22, 2048
@@ -59,10 +59,21 @@ class _Recorder:
     def result(self, function: Callable[..., BlockWeight], given: tuple[Tensor, ...]) -> BlockWeight:
         """The weight that the function makes of some tensors."""
         self._seen += 1
+        found = self._replayed(given)
+        if found is not None:
+            return found
+        made = function(*given)
         if self._seen == 2:
             self._capture(function, given)
+            found = self._replayed(given)
+            if found is None or not same_bytes(found, made):
+                self._graph = None
+        return made
+
+    def _replayed(self, given: tuple[Tensor, ...]) -> BlockWeight | None:
+        """What the graph makes of some tensors; None: there is no graph."""
         if self._graph is None or self._made is None:
-            return function(*given)
+            return None
         for place, tensor in zip(self._places, given, strict=True):
             place.copy_(tensor)
         self._graph.replay()

@@ -61,6 +61,18 @@ def copy_of(weight: BlockWeight) -> BlockWeight:
     return _each((weight,), lambda parts: parts[0].clone())
 
 
+def same_bytes(one: BlockWeight, other: BlockWeight) -> bool:
+    """True if both are stored as the same bytes."""
+
+    def equal(parts: Sequence[Tensor]) -> Tensor:
+        mine, theirs = (part.contiguous().view(torch.uint8) for part in parts)
+        return torch.tensor(torch.equal(mine, theirs))
+
+    found = _each((one, other), equal)
+    tensors = (found.codes, found.scale, found.scale_codes, found.minimum, found.minimum_codes)
+    return all(bool(tensor) for tensor in tensors if tensor is not None)
+
+
 def _each(weights: Sequence[BlockWeight], joined: Callable[[Sequence[Tensor]], Tensor]) -> BlockWeight:
     def optional(*parts: Tensor | None) -> Tensor | None:
         given = [part for part in parts if part is not None]
