@@ -71,7 +71,7 @@ class _Recorder:
         return made
 
     def _replayed(self, given: tuple[Tensor, ...]) -> BlockWeight | None:
-        """What the graph makes of some tensors; None: there is no graph."""
+        """The weight that the graph makes of some tensors; None: there is no graph."""
         if self._graph is None or self._made is None:
             return None
         for place, tensor in zip(self._places, given, strict=True):
