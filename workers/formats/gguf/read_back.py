@@ -48,7 +48,7 @@ PROBE = (
 
 
 _ARRAY, _LENGTH = Struct("<IQ"), Struct("<Q")
-"""What begins a list: the type of its items and how many they are; and a text: its bytes."""
+"""The beginning of a list, the type of its items and how many they are; and that of a text, its bytes."""
 
 
 @dataclass(frozen=True)
