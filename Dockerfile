@@ -16,7 +16,7 @@ COPY bitwright/pyproject.toml bitwright/pyproject.toml
 # than the files that are copied then, and would stay in their place.
 FROM build AS build-api
 RUN --mount=type=cache,target=/root/.cache/pip \
-    mkdir -p app bitwright/asynchronous bitwright/blocking bitwright/cli bitwright/measured bitwright/webhooks \
+    mkdir -p app bitwright/asynchronous bitwright/blocking bitwright/cli bitwright/files bitwright/measured bitwright/webhooks \
     && touch app/__init__.py bitwright/__init__.py \
     && pip install -c constraints.txt ./bitwright '.[api,otel]' && pip uninstall -y bitwright bitwright-service \
     && rm -rf build bitwright/build
@@ -28,7 +28,7 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt ./
 
 FROM build AS build-worker
 RUN --mount=type=cache,target=/root/.cache/pip \
-    mkdir -p app bitwright/asynchronous bitwright/blocking bitwright/cli bitwright/measured bitwright/webhooks \
+    mkdir -p app bitwright/asynchronous bitwright/blocking bitwright/cli bitwright/files bitwright/measured bitwright/webhooks \
     && touch app/__init__.py bitwright/__init__.py \
     && pip install -c constraints.txt ./bitwright '.[worker,otel]' && pip uninstall -y bitwright bitwright-service \
     && rm -rf build bitwright/build

@@ -108,7 +108,10 @@ def fresh_interpreter(code: str) -> subprocess.CompletedProcess[str]:
     [
         ("app.api.main", "torch transformers numpy workers"),
         ("bitwright.cli.main, bitwright", "torch transformers numpy sqlalchemy celery fastapi"),
-        ("workers.supervise.work, workers.sweep, workers.supervise.attempt_runner", "torch transformers fastapi"),
+        (
+            "workers.supervise.work, workers.sweep, workers.supervise.attempt.attempt_runner",
+            "torch transformers fastapi",
+        ),
         ("workers.child.attempt", "sqlalchemy celery fastapi httpx"),
     ],
 )

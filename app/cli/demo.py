@@ -27,7 +27,7 @@ from bitwright.cli.submit import set_fields, set_section
 from bitwright.cli.watch import finish, shown_on
 from bitwright.errors import InternalError
 from bitwright.events import ProgressEvent, Stage
-from bitwright.folders import claim_folder
+from bitwright.files.folders import claim_folder
 from bitwright.views import EventView, JobView
 
 HUB = "https://huggingface.co"

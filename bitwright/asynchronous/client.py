@@ -16,16 +16,16 @@ from bitwright.asynchronous.transport import AsyncTransport
 from bitwright.asynchronous.uploads import send_files
 from bitwright.asynchronous.waits import in_thread
 from bitwright.asynchronous.webhooks import AsyncWebhooks
-from bitwright.delivery import delivery
-from bitwright.downloads import OnBytes, ignore_bytes, subfolder, target_path
 from bitwright.endpoint import DEFAULT_URL
 from bitwright.errors import NotFound, RequestError
-from bitwright.folders import claim_folder
+from bitwright.files.delivery import delivery
+from bitwright.files.downloads import OnBytes, ignore_bytes, subfolder, target_path
+from bitwright.files.folders import claim_folder
+from bitwright.files.uploads import choose_files, describe_files
 from bitwright.formats import NATIVE
 from bitwright.job_states import JobStatus
 from bitwright.retries import RetryPolicy
 from bitwright.tenancy import UsageView
-from bitwright.uploads import choose_files, describe_files
 from bitwright.views import (
     ArchitectureList,
     ArtifactView,

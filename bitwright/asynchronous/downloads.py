@@ -7,7 +7,8 @@ import httpx
 
 from bitwright.asynchronous.transport import AsyncTransport
 from bitwright.asynchronous.waits import in_thread, sleep
-from bitwright.downloads import (
+from bitwright.errors import TooManyRequests, Unavailable
+from bitwright.files.downloads import (
     READ_TIMEOUT_SECONDS,
     OnBytes,
     PartialFile,
@@ -17,7 +18,6 @@ from bitwright.downloads import (
     partial_path,
     target_path,
 )
-from bitwright.errors import TooManyRequests, Unavailable
 from bitwright.views import ArtifactView
 
 

@@ -9,9 +9,9 @@ from typing import Self, Unpack
 from bitwright.asynchronous.client import AsyncClient
 from bitwright.asynchronous.job import AsyncJob
 from bitwright.asynchronous.waits import PROGRESS_BY_DEFAULT
-from bitwright.downloads import OnBytes, ignore_bytes
 from bitwright.endpoint import api_key as environment_key
 from bitwright.endpoint import find_endpoint, service_url
+from bitwright.files.downloads import OnBytes, ignore_bytes
 from bitwright.job_fields import JobFields, JsonObject, request_body
 from bitwright.job_states import JobStatus
 from bitwright.retries import RetryPolicy

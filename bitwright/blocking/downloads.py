@@ -8,7 +8,8 @@ import httpx
 
 from bitwright.blocking.transport import Transport
 from bitwright.blocking.waits import in_thread, sleep
-from bitwright.downloads import (
+from bitwright.errors import TooManyRequests, Unavailable
+from bitwright.files.downloads import (
     READ_TIMEOUT_SECONDS,
     OnBytes,
     PartialFile,
@@ -18,7 +19,6 @@ from bitwright.downloads import (
     partial_path,
     target_path,
 )
-from bitwright.errors import TooManyRequests, Unavailable
 from bitwright.views import ArtifactView
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from bitwright.blocking.client import Client
 from bitwright.blocking.waits import PROGRESS_BY_DEFAULT
-from bitwright.downloads import OnBytes, ignore_bytes
+from bitwright.files.downloads import OnBytes, ignore_bytes
 from bitwright.job_snapshot import JobSnapshot
 from bitwright.views import ArtifactView, EventView, JobView
 

@@ -10,9 +10,9 @@ from typing import Self, Unpack
 from bitwright.blocking.client import Client
 from bitwright.blocking.job import Job
 from bitwright.blocking.waits import PROGRESS_BY_DEFAULT
-from bitwright.downloads import OnBytes, ignore_bytes
 from bitwright.endpoint import api_key as environment_key
 from bitwright.endpoint import find_endpoint, service_url
+from bitwright.files.downloads import OnBytes, ignore_bytes
 from bitwright.job_fields import JobFields, JsonObject, request_body
 from bitwright.job_states import JobStatus
 from bitwright.retries import RetryPolicy

@@ -8,9 +8,9 @@ from urllib.parse import quote
 
 from bitwright.blocking.transport import Transport
 from bitwright.blocking.waits import in_thread, sleep
-from bitwright.downloads import OnBytes
 from bitwright.errors import Conflict, RequestInProgress, Unavailable
-from bitwright.uploads import match_files, offset_reached, read_part
+from bitwright.files.downloads import OnBytes
+from bitwright.files.uploads import match_files, offset_reached, read_part
 from bitwright.views import UploadFileView, UploadView
 
 

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitwright.cli.render import adapter_text, format_bytes, format_seconds, pairs, scheme_text
-from bitwright.delivery import delivery
+from bitwright.files.delivery import delivery
 from bitwright.report import Report
 from bitwright.views import ArtifactView, FigureView, JobView, PreflightView
 

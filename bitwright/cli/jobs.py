@@ -23,11 +23,11 @@ from bitwright.cli.render import (
     report_table,
     times_table,
 )
-from bitwright.downloads import OnBytes
 from bitwright.errors import RequestError
+from bitwright.files.downloads import OnBytes
+from bitwright.files.uploads import choose_files
 from bitwright.formats import ADAPTERS_ALONE
 from bitwright.job_states import FINAL_STATUSES, JobStatus
-from bitwright.uploads import choose_files
 
 JobArgument = Annotated[str, typer.Argument(help="Id of the job, job_...", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

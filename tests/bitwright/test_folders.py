@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bitwright.downloads import partial_path, subfolder
 from bitwright.errors import Conflict, StorageError, Unavailable
-from bitwright.folders import empty_folder
+from bitwright.files.downloads import partial_path, subfolder
+from bitwright.files.folders import empty_folder
 from tests.bitwright.cutting_proxy import CutAnswer, CuttingProxy
 from tests.bitwright.service import Service
 

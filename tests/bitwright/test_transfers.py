@@ -10,8 +10,8 @@ from sqlalchemy import select
 
 from app.api.upload_parts import PartsFolder
 from app.store.models import UploadFile
-from bitwright.downloads import partial_path, target_path
 from bitwright.errors import NotFound, RequestError, StorageError, Unavailable
+from bitwright.files.downloads import partial_path, target_path
 from bitwright.views import ArtifactView
 from tests.bitwright.cutting_proxy import Corrupt, CutAnswer, CuttingProxy, Fate, Pass
 from tests.bitwright.service import Service
@@ -147,7 +147,7 @@ def test_a_completion_that_takes_long_is_waited_for(service: Service, tmp_path: 
 def test_an_upload_arrives_though_connections_break(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitwright.uploads.PART_BYTES", 1_000_000)
+    monkeypatch.setattr("bitwright.files.uploads.PART_BYTES", 1_000_000)
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "some words"}\n' * 120_000)
     sent: list[int] = []

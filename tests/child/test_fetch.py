@@ -25,9 +25,9 @@ from workers.child.lifeline import REPORT_FD
 from workers.disk.hub_cache import prune_models
 from workers.disk.orders import AttemptOrder, FetchOrder
 from workers.disk.workspace import Workspace
-from workers.supervise.attempt_runner import supervise
+from workers.supervise.attempt.attempt_runner import supervise
+from workers.supervise.attempt.sources import fetch_order
 from workers.supervise.child_env import fetch_environment
-from workers.supervise.sources import fetch_order
 
 MODEL = "org/tiny"
 FILES = {

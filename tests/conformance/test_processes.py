@@ -27,7 +27,7 @@ from workers.contracts.results import BlockResult
 from workers.engine.device.process_group import ProcessGroup, checksum, joined
 from workers.engine.quantize.registry import METHODS
 from workers.engine.tune.tuner import Tuner
-from workers.supervise.world_size import world_size
+from workers.supervise.attempt.world_size import world_size
 
 LONGER = {"steps": 30, "epochs": 6, "batch_size": 8}
 """Enough steps for codes to move."""

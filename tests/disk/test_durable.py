@@ -16,8 +16,8 @@ from app.store.blobs import FolderBlobs, materialise
 from app.store.upkeep import backup
 from bitwright.asynchronous import downloads as asynchronous
 from bitwright.blocking import downloads as blocking
-from bitwright.downloads import PartialFile, ignore_bytes
 from bitwright.endpoint import Endpoint, save_endpoint
+from bitwright.files.downloads import PartialFile, ignore_bytes
 from bitwright.views import ArtifactView
 from tests.documentation import ROOT
 from tests.power_cut import PowerCut
@@ -92,7 +92,7 @@ WHOLE: dict[str, Callable[[Path], None]] = {
     "app/store/upkeep/backup.py::_write_durably": lambda folder: backup._write_durably(folder / "manifest.json", DATA),
 }
 """If the name is there, so are the bytes; without the name it is made again."""
-ELSEWHERE = {"workers/supervise/base_job.py::base_job_folder"}
+ELSEWHERE = {"workers/supervise/attempt/base_job.py::base_job_folder"}
 """Tested beside its other promises, in `tests/supervise/test_base_job.py`."""
 UNPROMISED = {
     "app/store/blobs.py::_moved",  # to a name that nobody looks for, under which it is hashed and synced

@@ -9,6 +9,7 @@ FOLDERS = MappingProxyType(
     {
         "bitwright": "What users install: client, commands, and the types shared with the service",
         "bitwright/cli": "The user's commands",
+        "bitwright/files": "Files of downloads and uploads on the user's machine",
         "bitwright/measured": "Parts of a report on how near a result is: noise, kinds of text, tasks",
         "bitwright/asynchronous": "The client for event loops, and the source of the blocking one",
         "bitwright/webhooks": "Webhooks, as types that the API and the client share",
@@ -46,7 +47,8 @@ FOLDERS = MappingProxyType(
         "app/api/admin": "Routes for operators: tenants, keys, use, the audit log",
         "app/cli": "The operator's commands",
         "workers": "Celery on one side of a process boundary, torch on the other; never FastAPI",
-        "workers/supervise": "Claims a job, runs an attempt in a child process, keeps its lease, stores its results",
+        "workers/supervise": "The worker's process: claims jobs, starts children, tells its state",
+        "workers/supervise/attempt": "One try at a job: inputs brought, child watched, lease kept, results stored",
         "workers/supervise/publish": "Results sent to the Hub: a thread, and a child for each",
         "workers/supervise/spares": "Processes that wait for the next job: started, renewed, given an order or ended",
         "workers/webhooks": "Sends webhooks from the sweep's process",

@@ -20,7 +20,7 @@ from app.store.session import Database
 from app.store.tenancy.keys import ensure_tenant
 from bitwright.events import Event
 from bitwright.job_states import DeviceClass, JobStatus
-from workers.supervise.attempt_runner import supervise
+from workers.supervise.attempt.attempt_runner import supervise
 from workers.supervise.capacity import Capacity
 from workers.supervise.context import WorkerContext
 

@@ -16,9 +16,9 @@ from app.store.models import Job
 from bitwright.events import ProgressEvent, StatusEvent
 from bitwright.job_states import JobStatus
 from tests.supervise.bench import Bench, alive, wait_for
-from workers.supervise import attempt_runner
-from workers.supervise.attempt_runner import supervise
-from workers.supervise.outputs import store_outputs
+from workers.supervise.attempt import attempt_runner
+from workers.supervise.attempt.attempt_runner import supervise
+from workers.supervise.attempt.outputs import store_outputs
 
 
 def statuses(bench: Bench, job_id: str) -> list[str]:

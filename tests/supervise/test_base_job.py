@@ -21,8 +21,8 @@ from tests.power_cut import PowerCut
 from tests.supervise.bench import Bench
 from workers.disk.orders import AttemptOrder
 from workers.disk.workspace import Workspace
-from workers.supervise import base_job as base_jobs
-from workers.supervise.base_job import base_job_folder
+from workers.supervise.attempt import base_job as base_jobs
+from workers.supervise.attempt.base_job import base_job_folder
 from workers.supervise.context import WorkerContext
 
 MADE = "file:bitwright.json:{},file:weights.safetensors:weights,file:report.json:{},file:README.md:card"
@@ -179,7 +179,7 @@ def test_a_disk_that_is_full_of_the_base_job_is_told(
 
 
 def test_a_name_that_leads_out_of_the_folder_is_refused(sqlite_bench: Bench, workspace: Workspace) -> None:
-    from workers.supervise.base_job import _place
+    from workers.supervise.attempt.base_job import _place
 
     with pytest.raises(SourceForbidden):
         _place(workspace.sources / "job", "native/weights/../../../../out.safetensors")

@@ -20,8 +20,8 @@ from tests.supervise.spares.conftest import Waiting, waiting
 from workers.child.needs import BESIDE_BYTES, needs_of, plan_limit
 from workers.disk.handover import demand_way, hand_over, take_back
 from workers.disk.orders import AttemptOrder
-from workers.supervise import memory_limit
-from workers.supervise.memory_limit import PREFIX, MemoryGroup
+from workers.supervise.attempt import memory_limit
+from workers.supervise.attempt.memory_limit import PREFIX, MemoryGroup
 
 __all__ = ["waiting"]
 

@@ -13,17 +13,8 @@ from workers import sweep
 from workers.child import attempt, lifeline
 from workers.disk.orders import BUILTIN_TEXT
 from workers.disk.workspace import Workspace
-from workers.supervise import (
-    attempt_runner,
-    celery_app,
-    child_process,
-    events,
-    heartbeat,
-    lease,
-    runner,
-    sources,
-    world_size,
-)
+from workers.supervise import celery_app, child_process, heartbeat, runner
+from workers.supervise.attempt import attempt_runner, events, lease, sources, world_size
 from workers.supervise.child_env import attempt_environment, fetch_environment
 
 SECRETS = {

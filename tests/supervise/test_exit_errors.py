@@ -12,7 +12,7 @@ from bitwright.errors import BitwrightError, CorruptCheckpoint
 from bitwright.events import ErrorData
 from workers.child.exceptions import as_bitwright_error
 from workers.machine import oom_kills
-from workers.supervise.exit_errors import error_of_exit
+from workers.supervise.attempt.exit_errors import error_of_exit
 
 SAID = ErrorData(code="corrupt_checkpoint", detail="bad", field="model", value="x", hint="mend it")
 

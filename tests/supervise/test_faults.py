@@ -30,13 +30,13 @@ from bitwright.job_states import JobStatus
 from tests.reports import report
 from tests.supervise.bench import Bench, alive, wait_for
 from workers.disk.workspace import Workspace
-from workers.supervise import attempt_runner as supervisor
-from workers.supervise import events as eventing
-from workers.supervise import lease as leases
+from workers.supervise.attempt import attempt_runner as supervisor
+from workers.supervise.attempt import events as eventing
+from workers.supervise.attempt import lease as leases
+from workers.supervise.attempt.events import EventBuffer, LineReader
+from workers.supervise.attempt.lease import JobCancelled, LeaseKeeper, WorkerStopping
+from workers.supervise.attempt.outputs import store_outputs
 from workers.supervise.child_process import ChildProcess
-from workers.supervise.events import EventBuffer, LineReader
-from workers.supervise.lease import JobCancelled, LeaseKeeper, WorkerStopping
-from workers.supervise.outputs import store_outputs
 
 
 class Away:

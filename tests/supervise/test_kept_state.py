@@ -19,7 +19,7 @@ from bitwright.job_states import JobStatus
 from tests.supervise.bench import Bench, wait_for
 from workers.disk.orders import AttemptOrder
 from workers.disk.workspace import Workspace
-from workers.supervise.kept_state import bring_state
+from workers.supervise.attempt.kept_state import bring_state
 
 SECOND = 1.0
 UPLOAD = "upl_" + "0" * 26

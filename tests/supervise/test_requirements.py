@@ -10,7 +10,7 @@ from app.domain.runtimes import Runtime
 from bitwright.measured.tasks import TaskFigure, TaskReport
 from bitwright.report import LoadReport, Report
 from tests.reports import QUALITY, report
-from workers.supervise.requirements import missed_requirement
+from workers.supervise.attempt.requirements import missed_requirement
 
 
 def reported(**quality: float) -> Report:

@@ -14,7 +14,7 @@ from bitwright.errors import CorruptCheckpoint, InvalidDataset, SourceForbidden,
 from tests.api.checkpoints import as_hub_cache, write_checkpoint
 from tests.supervise.bench import Bench
 from workers.disk.workspace import Workspace
-from workers.supervise.sources import fetch_order, materialise_upload, model_path, text_path, under_roots
+from workers.supervise.attempt.sources import fetch_order, materialise_upload, model_path, text_path, under_roots
 
 
 def upload(bench: Bench, files: dict[str, bytes], *, complete: bool = True) -> str:

@@ -15,8 +15,8 @@ from bitwright.job_states import DeviceClass, JobStatus
 from tests.supervise.bench import Bench, Running, alive, wait_for
 from workers.disk.workspace import Workspace
 from workers.supervise import capacity as capacity_module
+from workers.supervise.attempt.world_size import world_size
 from workers.supervise.child_env import attempt_environment
-from workers.supervise.world_size import world_size
 
 TEXTS = {
     "calibration": {"num_samples": 8, "sequence_length": 32},

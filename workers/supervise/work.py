@@ -9,7 +9,7 @@ from app.store.attempts import Claim, claim
 from app.store.endings import requeue_lost
 from bitwright.errors import Unavailable
 from bitwright.job_states import DeviceClass
-from workers.supervise.attempt_runner import supervise
+from workers.supervise.attempt.attempt_runner import supervise
 from workers.supervise.context import WorkerContext
 from workers.supervise.tenancy import terms_of
 

@@ -19,8 +19,8 @@ from app.store.artifacts import ArtifactRepository
 from app.store.blobs import BlobStore
 from app.store.jobs import JobRepository
 from app.store.models import Artifact, Job
-from bitwright.delivery import delivery
 from bitwright.errors import Conflict, NotFound, StorageError
+from bitwright.files.delivery import delivery
 
 router = APIRouter(tags=["artifacts"])
 MEDIA_TYPE = "application/x-tar"

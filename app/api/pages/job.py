@@ -29,9 +29,9 @@ from app.store.events import EventRepository, StoredEvent
 from app.store.jobs import JobRepository
 from app.store.models import Artifact
 from app.store.waiting import places
-from bitwright.delivery import delivery
 from bitwright.errors import Conflict, NotFound, StorageError
 from bitwright.events import LogEvent, Stage, StatusEvent, WarningEvent
+from bitwright.files.delivery import delivery
 from bitwright.job_states import FINAL_STATUSES, JobStatus
 
 router = page_router()

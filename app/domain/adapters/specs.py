@@ -28,7 +28,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from app.domain.methods.schemes import Spec, without_default
-from bitwright.delivery import STOCK_PEFT_ADAPTERS
+from bitwright.files.delivery import STOCK_PEFT_ADAPTERS
 
 Pooling = Literal["mean", "sum"]
 Factor = Annotated[int, Field(strict=True, ge=1, le=65_536)]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from app.store.models import Artifact, Job
-from bitwright.delivery import delivery
+from bitwright.files.delivery import delivery
 
 MAIN = "main"
 LAYOUT = b"bitwright commit 1\n"

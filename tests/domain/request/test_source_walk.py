@@ -10,7 +10,7 @@ from app.domain.request.sources import BuiltinText, DatasetSource, HubDataset, H
 from bitwright.events import TEXT_ROLES
 from tests.domain.request.request_fields import IN_LISTS, UPLOAD, body_with, place_of, source_fields
 from workers.disk.orders import AttemptOrder, FetchOrder
-from workers.supervise.sources import tokens_read
+from workers.supervise.attempt.sources import tokens_read
 
 FIELDS = source_fields()
 ALWAYS = set(FIELDS) - set(IN_LISTS)

@@ -35,7 +35,7 @@ from workers.engine.scales.tuning import ScaleOutcome, tune_scales
 from workers.engine.tune.tuner import Tuner
 from workers.methods.sign_round import SignRound
 from workers.numerics.quantized import AffineWeight, LinearResult
-from workers.supervise.world_size import world_size
+from workers.supervise.attempt.world_size import world_size
 
 SCHEME = Scheme(bits=3, group_size=16, symmetric=True)
 SETTINGS = TuningSettings(6, 8, 0.1)

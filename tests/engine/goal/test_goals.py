@@ -17,7 +17,7 @@ from tests.engine.conftest import run_job
 from tests.tiny_model import tiny_model_folder
 from workers.engine.goal import held_out, stage
 from workers.methods.gptq import GPTQ
-from workers.supervise.requirements import missed_requirement
+from workers.supervise.attempt.requirements import missed_requirement
 
 ENOUGH: dict[str, Any] = {
     "calibration": {"num_samples": 16, "sequence_length": 32},

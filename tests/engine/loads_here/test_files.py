@@ -15,7 +15,7 @@ from bitwright.report import LoadReport
 from tests.engine.conftest import run_job
 from tests.engine.loads_here.faults import FAULTS, Faulty
 from workers.engine import export
-from workers.supervise.requirements import missed_requirement
+from workers.supervise.attempt.requirements import missed_requirement
 
 
 def files_of(loads: tuple[LoadReport, ...]) -> list[tuple[str, str, str, int | None]]:

@@ -16,7 +16,7 @@ from workers.engine.shipped import Factors, shipments
 from workers.engine.shipped_quality import Evaluated, differences
 from workers.formats.gguf.blocks import held, pack, unpack
 from workers.numerics.quantized import LowRank
-from workers.supervise.requirements import missed_requirement
+from workers.supervise.attempt.requirements import missed_requirement
 
 CT, GGUF, MERGED, NATIVE, PEFT = (
     ExportFormat.COMPRESSED_TENSORS,

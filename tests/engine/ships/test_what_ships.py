@@ -11,7 +11,7 @@ from app.domain.attempt_lines import ResultLine
 from app.domain.request.job_request import Requirements
 from tests.engine.ships import shipping
 from tests.engine.ships.shipping import Case
-from workers.supervise.requirements import missed_requirement
+from workers.supervise.attempt.requirements import missed_requirement
 
 TOLERANCE = 0.005
 

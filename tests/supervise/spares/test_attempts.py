@@ -13,8 +13,8 @@ from bitwright.job_states import JobStatus
 from tests.supervise.bench import CPU, Running, alive, wait_for
 from tests.supervise.spares.conftest import Waiting
 from workers.disk.orders import BUILTIN_TEXT, SpareOrder, WarmChild
-from workers.supervise import attempt_runner
-from workers.supervise.attempt_runner import supervise
+from workers.supervise.attempt import attempt_runner
+from workers.supervise.attempt.attempt_runner import supervise
 from workers.supervise.spares import pool
 from workers.supervise.spares.spare import Spare
 

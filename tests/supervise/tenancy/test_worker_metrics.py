@@ -11,7 +11,7 @@ from app.store.attempts import claim
 from bitwright.job_states import JobStatus
 from tests.servers import free_port
 from tests.supervise.bench import Bench
-from workers.supervise.attempt_runner import supervise
+from workers.supervise.attempt.attempt_runner import supervise
 from workers.supervise.metrics import WorkerMetrics
 from workers.supervise.tenancy import terms_of
 

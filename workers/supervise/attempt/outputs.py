@@ -11,8 +11,8 @@ from app.store.blobs import BlobStore
 from bitwright.errors import DiskFull, InternalError, StorageError
 from bitwright.events import ProgressEvent, Stage
 from workers.disk.workspace import Workspace, output_files
-from workers.supervise.events import EventBuffer
-from workers.supervise.lease import LeaseKeeper
+from workers.supervise.attempt.events import EventBuffer
+from workers.supervise.attempt.lease import LeaseKeeper
 
 FILES_AT_ONCE = 4
 """That are hashed and stored beside each other."""

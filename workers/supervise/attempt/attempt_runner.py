@@ -26,22 +26,22 @@ from workers.disk.hub_cache import holding
 from workers.disk.orders import AttemptOrder, FetchOrder, SpareOrder, WarmChild
 from workers.disk.workspace import Workspace
 from workers.machine import oom_kills
-from workers.supervise.attempt_trace import AttemptTrace
-from workers.supervise.base_job import base_job_folder
+from workers.supervise.attempt.attempt_trace import AttemptTrace
+from workers.supervise.attempt.base_job import base_job_folder
+from workers.supervise.attempt.events import EventBuffer, LineReader
+from workers.supervise.attempt.exit_errors import error_of_exit
+from workers.supervise.attempt.kept_state import bring_state, keeping
+from workers.supervise.attempt.lease import JobCancelled, JobPaused, LeaseKeeper, WorkerStopping
+from workers.supervise.attempt.memory_limit import PREFIX, MemoryWatch, watched
+from workers.supervise.attempt.outputs import store_outputs
+from workers.supervise.attempt.requirements import missed_requirement
+from workers.supervise.attempt.sources import fetch_order, model_path, text_path
+from workers.supervise.attempt.world_size import world_size
 from workers.supervise.child_env import attempt_environment, attempt_user, fetch_environment
 from workers.supervise.child_process import ChildProcess
 from workers.supervise.context import WorkerContext
-from workers.supervise.events import EventBuffer, LineReader
-from workers.supervise.exit_errors import error_of_exit
-from workers.supervise.kept_state import bring_state, keeping
-from workers.supervise.lease import JobCancelled, JobPaused, LeaseKeeper, WorkerStopping
-from workers.supervise.memory_limit import PREFIX, MemoryWatch, watched
-from workers.supervise.outputs import store_outputs
-from workers.supervise.requirements import missed_requirement
-from workers.supervise.sources import fetch_order, model_path, text_path
 from workers.supervise.spares.spare import Spare
 from workers.supervise.tenancy import OwnToken, for_tenant, own_token
-from workers.supervise.world_size import world_size
 
 POLL_SECONDS = 0.2
 CONCLUDE_SECONDS = 120.0

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from bitwright.downloads import sha256_of
 from bitwright.errors import RequestError
+from bitwright.files.downloads import sha256_of
 from bitwright.views import UploadFileSpec, UploadFileView, UploadView
 
 PART_BYTES = 8 << 20

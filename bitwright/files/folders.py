@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from bitwright.downloads import partial_path, sha256_of, target_path
 from bitwright.errors import Conflict
+from bitwright.files.downloads import partial_path, sha256_of, target_path
 from bitwright.views import ArtifactView
 
 CHECKOUTS = frozenset({".git", ".hg", ".svn", ".jj"})

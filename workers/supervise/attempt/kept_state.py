@@ -23,8 +23,8 @@ from app.store.upkeep.kept_files import Kept, keep, kept_state
 from bitwright.errors import AttemptSuperseded, BitwrightError, StorageError
 from workers.disk.orders import AttemptOrder
 from workers.disk.workspace import Workspace
+from workers.supervise.attempt.lease import JobCancelled
 from workers.supervise.context import WorkerContext
-from workers.supervise.lease import JobCancelled
 
 Seen = tuple[int, int, int]
 """Inode, size and time of a file: the same for as long as nobody replaces it."""
