@@ -85,7 +85,7 @@ test-mutants: $(VENV)/.mutants ## Put drawn mistakes into the code and count tho
 	$(BIN)/python -m tests.mutants sampled $(ARGS)
 
 results: $(VENV)/.test ## Measure the missing cells of docs/results.md: make results MODEL=<folder> CALIBRATION=<jsonl> VALID=<jsonl>
-	$(BIN)/python -m benchmarks.results '$(MODEL)' --calibration '$(CALIBRATION)' --valid '$(VALID)' $(ARGS)
+	$(BIN)/python -m benchmarks.tables.results '$(MODEL)' --calibration '$(CALIBRATION)' --valid '$(VALID)' $(ARGS)
 	$(BIN)/python -m tests.documentation
 
 lint: $(VENV)/.dev ## Check style and format

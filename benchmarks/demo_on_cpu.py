@@ -35,7 +35,7 @@ from transformers import AutoConfig
 
 from app.cli.demo import BATCH_SIZE, EVALUATION, SAMPLES, SEQUENCE_LENGTH
 from app.domain.request.job_request import JobRequest
-from benchmarks.cpu_block import machine
+from benchmarks.blocks.cpu_block import machine
 from workers.engine.tune.sequence_order import split
 from workers.engine.tune.tuner import is_checked
 from workers.machine import available_threads

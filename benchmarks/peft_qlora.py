@@ -49,7 +49,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.methods.schemes import Scheme
 from app.domain.request.job_request import JobRequest
-from benchmarks.random_model import write_model
+from benchmarks.blocks.random_model import write_model
 from bitwright.events import Stage
 from workers.disk.orders import AttemptOrder
 from workers.engine import finetune, memory

@@ -33,9 +33,9 @@ from app.domain.request.adapter_recipes import ADAPTER_RECIPES
 from app.domain.request.job_request import JobRequest
 from app.domain.runtimes import RuntimeSupport, Support
 from app.settings import Settings
-from benchmarks.finetuning_table import finetuning_results
-from benchmarks.papers_table import finetuning_papers, papers
-from benchmarks.results_table import results
+from benchmarks.tables.finetuning_table import finetuning_results
+from benchmarks.tables.papers_table import finetuning_papers, papers
+from benchmarks.tables.results_table import results
 from bitwright.errors import InvalidRequest
 from tests.described_files import FILES
 from tests.documents.folders import FOLDERS

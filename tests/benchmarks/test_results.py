@@ -9,12 +9,12 @@ import pytest
 
 from app.domain.adapters import ADAPTERS
 from app.domain.adapters.shapes import shape_for
-from benchmarks.cells import GROUP_SIZE, Cell, cells
-from benchmarks.finetuning_cells import ARMS, finetuning_cells
-from benchmarks.finetuning_table import finetuning_tables
-from benchmarks.learning_rates import RATES, VALIDATION_SHARE, searches
-from benchmarks.results import missing, order, share
-from benchmarks.results_table import lines, tables
+from benchmarks.tables.cells import GROUP_SIZE, Cell, cells
+from benchmarks.tables.finetuning_cells import ARMS, finetuning_cells
+from benchmarks.tables.finetuning_table import finetuning_tables
+from benchmarks.tables.learning_rates import RATES, VALIDATION_SHARE, searches
+from benchmarks.tables.results import missing, order, share
+from benchmarks.tables.results_table import lines, tables
 
 CELLS = [*cells(), *finetuning_cells()]
 FIGURES = {"perplexity_original": 27.0, "peak_gib": 1.5, "device": "cpu", "bits_per_weight": 4.25, "seconds": 3.0}

@@ -1,6 +1,6 @@
 """Checkpoints load by the keys that stay when transformers drops the old ones, and cards use no deprecated one.
 
-Other releases of transformers are `benchmarks/transformers_releases.py`'s.
+Other releases of transformers are `benchmarks/loading/transformers_releases.py`'s.
 """
 
 import json

@@ -238,7 +238,7 @@ def test_clipped_ranges_and_low_rank_factors_agree_and_are_captured(
 def test_half_precision_agrees_where_no_sign_decides(tmp_path: Path) -> None:
     """The start's loss and the first gradient; later on, a few signs that rounding turns lead such small blocks apart.
 
-    `benchmarks.agreement` compares the losses of real blocks after all steps.
+    `benchmarks.blocks.agreement` compares the losses of real blocks after all steps.
     """
     save_random_model(tmp_path, "llama", dtype=torch.bfloat16)
     on_gpu, on_cpu = tune(tmp_path, "cuda"), tune(tmp_path, "cpu")

@@ -1,6 +1,6 @@
-"""Time of tuning one block on several GPUs: the block of `benchmarks.block_tuning`, its sequences shared by ranks.
+"""Time of tuning one block on several GPUs: that of `benchmarks.blocks.block_tuning`, sequences shared by ranks.
 
-    python -m benchmarks.ranks --worlds 1 2 --shape llama-8b --group-size 128 --steps 200
+    python -m benchmarks.blocks.ranks --worlds 1 2 --shape llama-8b --group-size 128 --steps 200
 
 Each world of ranks tunes the same blocks with the same batch size, one GPU a rank (on a CPU: one process). Prints one
 JSON line per block: the slowest rank's seconds, and the loss, which is every rank's.
@@ -18,7 +18,7 @@ import torch
 import torch.multiprocessing
 
 from app.domain.methods import Scheme, SignRoundSpec
-from benchmarks.block_tuning import SHAPES, make_task, synchronize
+from benchmarks.blocks.block_tuning import SHAPES, make_task, synchronize
 from workers.contracts.blocks import BlockTask
 from workers.engine.device.process_group import ProcessGroup, joined
 from workers.engine.device.setup import reproducible

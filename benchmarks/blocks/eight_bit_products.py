@@ -1,6 +1,6 @@
 """Products of an 8B-shaped block's step in bf16 and in FP8: milliseconds, casts beside them, and signs that agree.
 
-    python -m benchmarks.eight_bit_products
+    python -m benchmarks.blocks.eight_bit_products
 
 One JSON line per joined linear of the block (queries, keys and values; output; gate and up; down) for 8 x 2048 tokens:
 its three products (forward, dL/dx, dL/dW) in bf16 and in FP8 with one scale a matrix, with quick sums and with exact

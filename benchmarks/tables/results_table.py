@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.cells import Cell, cells
+from benchmarks.tables.cells import Cell, cells
 
 FILE = Path(__file__).with_name("results.jsonl")
 MISSING = "missing"

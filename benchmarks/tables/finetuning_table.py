@@ -3,9 +3,9 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 from statistics import fmean
 
-from benchmarks.cells import Cell
-from benchmarks.finetuning_cells import finetuning_cells
-from benchmarks.results_table import MISSING, Line, by_row, lines, spread, table
+from benchmarks.tables.cells import Cell
+from benchmarks.tables.finetuning_cells import finetuning_cells
+from benchmarks.tables.results_table import MISSING, Line, by_row, lines, spread, table
 
 Show = Callable[[Sequence[Line]], str]
 

@@ -1,7 +1,8 @@
 """SignRound on random blocks of a mixture of experts, here and in auto-round: seconds, peak memory, and their ratio.
 
-    python -m benchmarks.experts --auto-round --limit-gib 24
-    python -m benchmarks.experts --device cpu --experts 8 --places 2 --hidden 64 --inner 64 --samples 16 --length 64
+    python -m benchmarks.blocks.experts --auto-round --limit-gib 24
+    python -m benchmarks.blocks.experts --device cpu --experts 8 --places 2 --hidden 64 --inner 64 --samples 16 \
+        --length 64
 
 The default is Qwen3-30B-A3B's shape (128 experts, 8 for a token, width 2048, expert width 768), 128 sequences of 512
 tokens, 50 steps, W4 symmetric in groups of 128. Speed does not depend on the values, and random experts are evenly

@@ -1,7 +1,7 @@
 """Time of tuning one block on a CPU, here and by auto-round: a checkpoint's first block, same texts, same recipe.
 
-    python -m benchmarks.cpu_block MODEL --rounds 3
-    taskset -c 0,1 python -m benchmarks.cpu_block MODEL --sides ours light --rounds 1
+    python -m benchmarks.blocks.cpu_block MODEL --rounds 3
+    taskset -c 0,1 python -m benchmarks.blocks.cpu_block MODEL --sides ours light --rounds 1
 
 Both sides get the checkpoint cut to its first block, the same texts of `--length` tokens, groups of 64 symmetric at
 W4, the full ranges as the start and 50 steps of 8 sequences, in a process of its own each, one after another; `light`
@@ -96,7 +96,7 @@ def in_its_process(given: argparse.Namespace, side: str, folder: Path) -> dict[s
     if not side.startswith("peer"):
         environment |= ALLOCATOR
     numbers = [f"--{name}={getattr(given, name)}" for name in ("steps", "batch", "samples", "length")]
-    command = [sys.executable, "-m", "benchmarks.cpu_block", str(folder), "--run", side, *numbers]
+    command = [sys.executable, "-m", "benchmarks.blocks.cpu_block", str(folder), "--run", side, *numbers]
     done = subprocess.run(command, env=environment, capture_output=True, check=False, text=True)
     if done.returncode != 0:
         print(json.dumps({"side": side, "failed": done.stderr.splitlines()[-1:]}), flush=True)

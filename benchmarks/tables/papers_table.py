@@ -6,9 +6,9 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks.cells import Cell, cells
-from benchmarks.finetuning_cells import finetuning_cells
-from benchmarks.results_table import Line, lines, spread, table
+from benchmarks.tables.cells import Cell, cells
+from benchmarks.tables.finetuning_cells import finetuning_cells
+from benchmarks.tables.results_table import Line, lines, spread, table
 
 TITLES = MappingProxyType(
     {

@@ -1,6 +1,6 @@
 """Types chosen for a size against llama.cpp's mixes of that size, with the same searches: bytes and divergence of each.
 
-    python -m benchmarks.gguf_mixes MODEL [DEVICE] [SAMPLES]
+    python -m benchmarks.gguf.gguf_mixes MODEL [DEVICE] [SAMPLES]
 
 Of every mix the file is written, then the closest one that is no larger, from the ladder of types and with `q2_0` among
 them. Calibration and evaluation are the builtin texts. Prints a line for each.

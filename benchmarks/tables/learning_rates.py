@@ -1,6 +1,6 @@
 """The learning rate of each arm of the table of finetuning, searched where the table does not look.
 
-    python -m benchmarks.learning_rates MODEL --calibration calibration.jsonl --training train.jsonl --bits 3
+    python -m benchmarks.tables.learning_rates MODEL --calibration calibration.jsonl --training train.jsonl --bits 3
 
 Each arm trains at each of `RATES` as its cell does, seed 0, on nine tenths of the training text; the other tenth is
 the validation after the last step. The text that the table is measured on is not read. One JSON line per job, and at
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.cells import Cell
-from benchmarks.finetuning_cells import ARMS, BUDGETS, cell
-from benchmarks.results import base_of, order
+from benchmarks.tables.cells import Cell
+from benchmarks.tables.finetuning_cells import ARMS, BUDGETS, cell
+from benchmarks.tables.results import base_of, order
 from bitwright.errors import NumericalFailure
 from workers.engine.reporter import Reporter
 from workers.engine.run import run

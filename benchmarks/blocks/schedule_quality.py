@@ -1,11 +1,12 @@
 """KL divergence of SignRound's whole jobs by steps, sequences a step and products of gradients, seed by seed.
 
-    python -m benchmarks.schedule_quality MODEL --calibration calibration.jsonl --valid valid.jsonl \\
+    python -m benchmarks.blocks.schedule_quality MODEL --calibration calibration.jsonl --valid valid.jsonl \\
         --cases 200/8 200/8/0.5/eight_bits --seeds 0 1 2 3 --seconds 240
 
-Cases are those of `benchmarks.schedule_probe`; "eight_bits" computes gradients in FP8 on a small model, too, where that
-is no quicker. One JSON line a job, all cases of a seed before the next seed; with `--output` a run goes on where the
-last one ended. The last line has each case's mean, and its difference from the first case's with its standard error.
+Cases are those of `benchmarks.blocks.schedule_probe`; "eight_bits" computes gradients in FP8 on a small model, too,
+where that is no quicker. One JSON line a job, all cases of a seed before the next seed; with `--output` a run goes on
+where the last one ended. The last line has each case's mean, and its difference from the first case's with its
+standard error.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.cells import Cell
-from benchmarks.results import order
-from benchmarks.schedule_probe import scheduled
+from benchmarks.blocks.schedule_probe import scheduled
+from benchmarks.tables.cells import Cell
+from benchmarks.tables.results import order
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
 

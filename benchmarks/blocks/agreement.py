@@ -1,6 +1,6 @@
 """Agreement of captured, eager and CPU tuning of a real block: losses, and codes in fp32.
 
-    python -m benchmarks.agreement MODEL --dtypes bfloat16 float32
+    python -m benchmarks.blocks.agreement MODEL --dtypes bfloat16 float32
 
 The checkpoint is cut to its first block. One JSON line a dtype: the held-out loss at the start and at the end of each
 path, how far the ends are from the captured one's (`off`), and the share of codes that are the captured ones. In
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from app.domain.request.job_request import JobRequest
-from benchmarks.cpu_block import cut
+from benchmarks.blocks.cpu_block import cut
 from workers.disk.orders import AttemptOrder
 from workers.engine.device import cuda_graphs
 from workers.engine.reporter import Reporter

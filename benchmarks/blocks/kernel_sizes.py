@@ -1,6 +1,6 @@
 """Times of the kernels of columns in turn by the rows and warps of a program, on real shapes.
 
-python -m benchmarks.kernel_sizes
+python -m benchmarks.blocks.kernel_sizes
 """
 
 import json

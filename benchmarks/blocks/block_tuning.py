@@ -1,8 +1,8 @@
 """Time and memory of tuning one block: random weights of a model's shape, random inputs, the engine's own loop.
 
-    python -m benchmarks.block_tuning --shape smollm2 --steps 200
-    python -m benchmarks.block_tuning --shape llama-8b --group-size 128 --steps 50 --profile
-    python -m benchmarks.block_tuning --shape gemma3-270m --steps 200
+    python -m benchmarks.blocks.block_tuning --shape smollm2 --steps 200
+    python -m benchmarks.blocks.block_tuning --shape llama-8b --group-size 128 --steps 50 --profile
+    python -m benchmarks.blocks.block_tuning --shape gemma3-270m --steps 200
 
 Speed does not depend on the values; quality is measured elsewhere (docs/results.md). Prints one JSON line a case.
 """

@@ -1,13 +1,13 @@
 """The table of results, cell by cell: each is one job, one JSON line, and is skipped where that line is there.
 
-    python -m benchmarks.results MODEL --calibration calibration.jsonl --valid valid.jsonl --seconds 540
+    python -m benchmarks.tables.results MODEL --calibration calibration.jsonl --valid valid.jsonl --seconds 540
 
-Cells are those of `benchmarks.cells`; `--only` picks rows by name. A run begins no cell after `--seconds`, so that it
-fits into a limit, and the next run goes on. `make docs` makes the table in docs/results.md from the file. With
+Cells are those of `benchmarks.tables.cells`; `--only` picks rows by name. A run begins no cell after `--seconds`, so
+that it fits into a limit, and the next run goes on. `make docs` makes the table in docs/results.md from the file. With
 `--processes` several work side by side, on all GPUs in turn, each with its share of the processors: more cells in the
 same time, but their seconds are then upper bounds.
 
-With `--training` there are also the cells of `benchmarks.finetuning_cells`; those of one base share its blocks.
+With `--training` there are also the cells of `benchmarks.tables.finetuning_cells`; those of one base share its blocks.
 
 seconds      of the job, less loading, evaluation and export; of finetuning alone where there is some
 peak_gib     of the GPU where there is one, else of the process
@@ -36,9 +36,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from app.domain.request.job_request import JobRequest
-from benchmarks.cells import Cell, cells
-from benchmarks.finetuning_cells import finetuning_cells
-from benchmarks.results_table import FILE, lines
+from benchmarks.tables.cells import Cell, cells
+from benchmarks.tables.finetuning_cells import finetuning_cells
+from benchmarks.tables.results_table import FILE, lines
 from bitwright.report import Report
 from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
@@ -92,7 +92,7 @@ def side_by_side(count: int, arguments: Sequence[str]) -> int:
             own["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
         # The last of the options counts.
         one = [*arguments, "--processes", "1", "--share", str(index), str(count)]
-        running.append(subprocess.Popen([sys.executable, "-m", "benchmarks.results", *one], env=own))
+        running.append(subprocess.Popen([sys.executable, "-m", "benchmarks.tables.results", *one], env=own))
     ended = [process.wait() for process in running]
     return int(any(ended))
 

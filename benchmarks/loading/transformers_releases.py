@@ -1,6 +1,6 @@
 """Asymmetric compressed-tensors checkpoints in several releases of transformers: which keys of config.json they need.
 
-    python -m benchmarks.transformers_releases 5.17.0 5.23.0
+    python -m benchmarks.loading.transformers_releases 5.17.0 5.23.0
 
 Rounds the tiny model to nearest with zero points in 2 to 8 bits, by groups and per channel; installs each release of
 transformers into an environment of its own, beside our other packages; and compares there every linear, loaded by each

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks.cells import GROUP_SIZE, SEEDS_OF_LEARNED, WIDTHS, Cell
+from benchmarks.tables.cells import GROUP_SIZE, SEEDS_OF_LEARNED, WIDTHS, Cell
 
 STEPS, BATCH_SIZE, LENGTH = 100, 8, 512
 BASE: Mapping[str, Any] = MappingProxyType({"method": "signround", "group_size": GROUP_SIZE, "symmetric": False})
@@ -23,7 +23,7 @@ class AdapterArm:
 
     kind     of the adapter
     ranks    the request's rank by budget; no entry where the kind cannot meet it within 5 %
-    rates    learning rates by budget, as `benchmarks.learning_rates` found them
+    rates    learning rates by budget, as `benchmarks.tables.learning_rates` found them
     merge    how it is folded into the base afterwards
     apiq     whether base and start are ApiQ's
     fields   what else the request says of the adapter

@@ -1,10 +1,10 @@
 """Seconds and held-out loss of an 8B-shaped block's tuning by steps, sequences a step and products of gradients.
 
-    python -m benchmarks.schedule_probe --cases 200/8 200/8/0.5 200/8/0.5/quick
+    python -m benchmarks.blocks.schedule_probe --cases 200/8 200/8/0.5 200/8/0.5/quick
 
 Inputs are correlated as a model's are (eigenvalues that fall as 1/k), and ranges are searched with their second
-moments, as a job's are; `--white` has independent inputs and full ranges instead, as `benchmarks.block_tuning` has. A
-case is STEPS/BATCH[/PART OF HALF BATCHES[/GRADIENTS]]. One JSON line a run; the first of a kind is cold.
+moments, as a job's are; `--white` has independent inputs and full ranges instead, as `benchmarks.blocks.block_tuning`
+has. A case is STEPS/BATCH[/PART OF HALF BATCHES[/GRADIENTS]]. One JSON line a run; the first of a kind is cold.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme, SignRoundSpec
-from benchmarks.block_tuning import SHAPES, make_task, timed
+from benchmarks.blocks.block_tuning import SHAPES, make_task, timed
 from workers.contracts.blocks import BlockTask
 from workers.engine.device.setup import reproducible
 from workers.methods import sign_round

@@ -1,6 +1,6 @@
 """Comparison of every block with round to nearest: SignRound's held-out loss beside RTN's, on the same inputs.
 
-    python -m benchmarks.block_losses MODEL --calibration calibration.jsonl --scheme W3g64a --output losses.jsonl
+    python -m benchmarks.blocks.block_losses MODEL --calibration calibration.jsonl --scheme W3g64a --output losses.jsonl
 
 One JSON line per block: the output error on the same held-out sequences of the rounded block (`rtn`), of the searched
 start (`start`) and of the tuned block (`tuned`), all on the inputs that the tuned blocks before it produce. The last

@@ -1,7 +1,7 @@
 """A GGUF export in a real llama.cpp: its perplexity and tokens beside the engine's own.
 
     npm install --ignore-scripts node-llama-cpp@3          # in any folder; brings a built llama.cpp
-    python -m benchmarks.gguf_in_llama_cpp MODEL --node-folder FOLDER
+    python -m benchmarks.gguf.gguf_in_llama_cpp MODEL --node-folder FOLDER
 
 Rounds MODEL to nearest in schemes of every GGML type, writes each as GGUF, and lets both evaluate the same sequences of
 builtin text. llama.cpp rounds activations to 8 bits before each product and the engine computes in the model's dtype,

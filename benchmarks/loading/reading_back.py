@@ -1,6 +1,6 @@
 """The cost of reading one block back before tuning: the same job with `verify` off and block, in turns.
 
-    python -m benchmarks.reading_back MODEL --pairs 3 --samples 16 --length 256
+    python -m benchmarks.loading.reading_back MODEL --pairs 3 --samples 16 --length 256
 
 Attempts are processes of their own, as a worker starts them; the child that reads is lent to one after another, and the
 first that reads pays for its start. Prints a JSON line per attempt and one with the ratios: wall time, and processor
@@ -81,7 +81,7 @@ def attempt(body: dict[str, Any], workspace: Path, reader: WarmReader) -> dict[s
         )
         given = () if warm is None else (warm.orders, warm.answers)
         (workspace / "order.json").write_text(order.model_dump_json())
-        code = "import sys; from benchmarks.reading_back import obey; obey(sys.argv[1])"
+        code = "import sys; from benchmarks.loading.reading_back import obey; obey(sys.argv[1])"
         # One that was just started has used nothing yet, so that its start counts.
         child = _of_reader(warm.pid) if warm else 0.0
         done = subprocess.run(

@@ -1,6 +1,6 @@
 """Whole jobs on a random model with a few blocks of a large model's shape: seconds per block and peak memory.
 
-    python -m benchmarks.random_model TOKENIZER --text calibration.jsonl --presets default light
+    python -m benchmarks.blocks.random_model TOKENIZER --text calibration.jsonl --presets default light
 
 Speed does not depend on the values; quality is measured elsewhere (docs/results.md). TOKENIZER is a checkpoint folder
 whose tokenizer reads the text. One JSON line per preset: a block's seconds are from its turn to the next one's,
@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.request.job_request import JobRequest
-from benchmarks.block_tuning import SHAPES
+from benchmarks.blocks.block_tuning import SHAPES
 from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
