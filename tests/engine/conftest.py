@@ -52,7 +52,7 @@ def run_job(
         model_path=str(model),
         **({"device": "cpu"} | (order or {})),
     )
-    return run(given, workspace, Reporter(sink.append))
+    return run(given, workspace, Reporter(sink.append, given.traceparent))
 
 
 @dataclass(frozen=True)

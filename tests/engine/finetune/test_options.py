@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ from workers.engine.job_texts import Texts, read_files, read_texts
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.reporter import Reporter
+from workers.engine.text.generated import Generation
 from workers.engine.text.sequences import load_tokenizer
 
 Seen = list[Any]
@@ -66,6 +68,7 @@ SWITCHES: dict[str, dict[str, Switch]] = {
         "num_samples": Switch(3, "text"),
         "sequence_length": Switch(24, "text"),
         "further_samples": Switch(2, "text"),
+        "written_samples": Switch(2, "text"),
         "mixture": Switch([{"dataset": "builtin", "share": 1.0}], "text"),
     },
     "evaluation": {
@@ -113,10 +116,11 @@ def texts_of(small_model: Path, rows: Path, part: str, options: Mapping[str, Any
     pairs.write_text('{"prompt": "one and one", "answer": "two"}\n')
     for task in body["evaluation"].get("tasks", []):
         task["dataset"] = str(pairs)
+    method = {"method": "signround", "preset": "max"} if "written_samples" in options else {"method": "gptq"}
     order = AttemptOrder(
         job_id="job_1",
         attempt=1,
-        request=JobRequest.parse({"model": str(small_model), "method": "gptq", "bits": 4, "group_size": 32, **body}),
+        request=JobRequest.parse({"model": str(small_model), **method, "bits": 4, "group_size": 32, **body}),
         model_path=str(small_model),
         calibration_path=paths["calibration"],
         evaluation_path=paths["evaluation"],
@@ -126,7 +130,16 @@ def texts_of(small_model: Path, rows: Path, part: str, options: Mapping[str, Any
     )
     model = StreamedModel.open(Checkpoint.open(small_model), torch.device("cpu"))
     files = partial(read_files, order, load_tokenizer(small_model))
-    return read_texts(order, model, Reporter(lambda _: None), files)
+    with TemporaryDirectory() as kept:
+        by = Generation(
+            checkpoint=Checkpoint.open(small_model),
+            tokenizer=load_tokenizer(small_model),
+            device=torch.device("cpu"),
+            kept=Path(kept) / "generated.safetensors",
+            leads=True,
+            tick=lambda *_: None,
+        )
+        return read_texts(order, model, Reporter(lambda _: None), files, by)
 
 
 def texts_seen(texts: Texts, part: str) -> Seen:
