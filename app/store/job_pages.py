@@ -123,7 +123,9 @@ def _matching(session: Session, tenant_id: str, filters: JobFilters, after: str 
         select(LABEL.job_id).where(*_is_label(tenant_id, *label), *_before(LABEL.job_id, after))
         for label in filters.labels.items()
     ]
-    rarest, count = _rarest(session, by_label)
+    # One label alone is read in the order of pages whether many have it or not.
+    most = MANY if filters.by_columns or len(by_label) > 1 else FEW
+    rarest, count = _rarest(session, by_label, most)
     labelled = _has_labels(JOB.id, filters)
     if count < FEW:
         some = session.scalars(rarest).all()
@@ -139,11 +141,12 @@ def _matching(session: Session, tenant_id: str, filters: JobFilters, after: str 
     )
 
 
-def _rarest(session: Session, by_label: Sequence[Ids]) -> tuple[Ids, int]:
-    """The label that the fewest jobs have, of those that are looked at, and how many do, up to `MANY`."""
-    rarest, least = by_label[0], MANY
+def _rarest(session: Session, by_label: Sequence[Ids], most: int) -> tuple[Ids, int]:
+    """The label that the fewest jobs have, of those that are looked at, and how many do, up to `most`."""
+    rarest, least = by_label[0], most
     for ids in by_label:
-        count = _count(session, ids, least)
+        # In the index's order, or PostgreSQL collects all of a frequent label before it counts the first.
+        count = _count(session, ids.order_by(LABEL.job_id.desc()), least)
         if count < least:
             rarest, least = ids, count
         if least < FEW:
