@@ -228,7 +228,8 @@ def measured(result: ResultLine, output: Path, ids: Tensor) -> Iterator[tuple[Sh
 
 def card_perplexity(folder: Path) -> float:
     """Perplexity of the quantized model by the card in a folder."""
-    (found,) = re.findall(r"^\| perplexity .*\| ([\d.]+) \|$", (folder / "README.md").read_text(), flags=re.MULTILINE)
+    row = r"^\| perplexity \| [\d.]+ \| ([\d.]+) \|"  # original, result, and perhaps round to nearest
+    (found,) = re.findall(row, (folder / "README.md").read_text(), flags=re.MULTILINE)
     return float(found)
 
 
