@@ -43,8 +43,14 @@ def parse_scheme(text: str) -> Scheme:
     return Scheme(bits=int(match[1]), group_size=int(match[2]), symmetric=not match[3])
 
 
+def read_rows(path: str) -> list[str]:
+    """Texts of a file of JSON lines, which may hold U+2028 as it is: `str.splitlines` would end a line there."""
+    with Path(path).open(encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
 def read_text(path: str) -> str:
-    return "\n\n".join(json.loads(line)["text"] for line in Path(path).read_text().splitlines())
+    return "\n\n".join(read_rows(path))
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> Tensor:

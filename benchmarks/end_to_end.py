@@ -39,10 +39,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.request.job_request import JobRequest
-from benchmarks.against_auto_round import EVALUATION_LENGTH, QualityMeter, parse_scheme, read_text, windows
+from benchmarks.against_auto_round import EVALUATION_LENGTH, QualityMeter, parse_scheme, read_rows, read_text, windows
 from benchmarks.few_bits.generations import Prompts
 from benchmarks.few_bits.published import BLOCKS
-from benchmarks.few_bits.texts import cut, free_sequences, mixed, read_rows, written_sequences
+from benchmarks.few_bits.texts import cut, free_sequences, mixed, written_sequences
 from workers.contracts.blocks import BlockTask
 from workers.disk.orders import AttemptOrder
 from workers.engine import goal, quantize, scales

@@ -5,16 +5,14 @@ written   what the original model writes itself, at temperature 1, after 16 to 6
           (as LLM-QAT has it, arXiv:2305.17888, which begins with a single token)
 """
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from benchmarks.against_auto_round import beginning, windows
+from benchmarks.against_auto_round import beginning, read_rows, windows
 
 SHORTEST, LONGEST = 16, 64
 """Tokens of the text before a written piece."""
@@ -23,11 +21,6 @@ SURE = 4
 PIECE = 512
 """Tokens of a piece; several make a sequence. The shorter, the nearer to the text."""
 PIECES_AT_ONCE = 2048
-
-
-def read_rows(path: str) -> list[str]:
-    """Texts of a file of JSON lines."""
-    return [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
 
 
 def mixed(paths: list[str]) -> str:
