@@ -87,14 +87,19 @@ class QualityMeter:
 
     def __init__(self, model: str, text: str, sequences: int, device: str, length: int = EVALUATION_LENGTH) -> None:
         self._sequences = windows(AutoTokenizer.from_pretrained(model), text, length)[:sequences].to(device)
+        self._kept: list[Tensor] = []
         self._original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
 
     @torch.inference_mode()
-    def __call__(self, model: Any) -> dict[str, float]:
+    def __call__(self, model: Any, keep: bool = False) -> dict[str, float]:
+        """The judgement of a model; keep: the original's logits stay where they are, for the next ones."""
         model = in_half(model, self._sequences.device)
         sums = torch.zeros(3, dtype=torch.float64, device=self._sequences.device)
-        for sequence in self._sequences:
-            ours, theirs = (m(sequence).logits[0, :-1].float().log_softmax(-1) for m in (model, self._original))
+        for place, sequence in enumerate(self._sequences):
+            by_original = self._kept[place] if place < len(self._kept) else self._original(sequence).logits
+            if keep and place == len(self._kept):
+                self._kept.append(by_original)
+            ours, theirs = (each[0, :-1].float().log_softmax(-1) for each in (model(sequence).logits, by_original))
             target = sequence[0, 1:, None]
             kl = (theirs.exp() * (theirs - ours)).sum()
             sums += torch.stack([-ours.gather(1, target).sum(), -theirs.gather(1, target).sum(), kl]).double()

@@ -3,7 +3,8 @@
     python -m benchmarks.end_to_end MODEL --calibration calibration.jsonl --choice other.jsonl --valid valid.jsonl \
         --scheme mxfp4a16 --settings steps=0 steps=100,codes=0 steps=100 steps=200,pace=0.25
 
-Blocks are quantized once, as the preset `default` of SignRound does. A row of each setting: KL on the text of
+Blocks are quantized once, as the preset `default` of SignRound does, and again for settings with other `blocks` or
+`job`. A row of each setting: KL on the text of
 `--choice`, which nothing is tuned on, to choose a setting by; KL on each text of `--valid`, to publish of the one that
 was chosen, and perplexity on the first; KL on the held-out share of the tuned text before and after; weights whose code
 changed, and seconds. Models are judged by transformers, as in `benchmarks.number_formats`.
@@ -17,6 +18,8 @@ changed, and seconds. Models are judged by transformers, as in `benchmarks.numbe
     batch   sequences a step
     beta    of m; beta2: of v
     seed    of the order of sequences and of the held-out share
+    blocks  steps of the blocks, where other than `--steps`
+    job     seed of the job: its blocks' sequences, their order, and the stage's
     settled, averaged, floor, shared, turns, trimmed, bounded   rules of `workers.engine.scales.step_rules`
 
 and sequences that are tuned on besides (`benchmarks.few_bits.texts`); own=1: in place of the calibration's
@@ -39,10 +42,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.request.job_request import JobRequest
-from benchmarks.against_auto_round import EVALUATION_LENGTH, QualityMeter, parse_scheme, read_rows, read_text, windows
+from benchmarks.against_auto_round import EVALUATION_LENGTH, QualityMeter, parse_scheme, read_rows, read_text
 from benchmarks.few_bits.generations import Prompts
 from benchmarks.few_bits.published import BLOCKS
-from benchmarks.few_bits.texts import cut, free_sequences, mixed, written_sequences
+from benchmarks.few_bits.texts import cut, free_sequences, mixed, sequences_of, written_sequences
 from workers.contracts.blocks import BlockTask
 from workers.disk.orders import AttemptOrder
 from workers.engine import goal, quantize, scales
@@ -114,7 +117,7 @@ class Texts:
         return self._states[kind]
 
     def _further(self, count: int, _: torch.device) -> Tensor:
-        return windows(self._tokenizer, mixed(self._given.further), self._given.length)[:count, 0]
+        return sequences_of(self._tokenizer, mixed(self._given.further), self._given.length, count)
 
     def _cut(self, count: int, _: torch.device) -> Tensor:
         return cut(self._tokenizer, read_text(self._given.calibration), self._given.length, count)
@@ -176,27 +179,38 @@ def weights(job: Any) -> dict[str, Tensor]:
     return found
 
 
-def stage_of(given: argparse.Namespace, model: str, meters: list[QualityMeter]) -> Any:
+class Judges:
+    """What a row's figures are of: texts, and generations where these are asked for."""
+
+    def __init__(self, given: argparse.Namespace, model: str, device: str) -> None:
+        size = (given.sequences, device, given.judged_length)
+        self._model, self._keeps = model, device == "cuda"
+        self._meters = [QualityMeter(model, read_text(text), *size) for text in (given.choice, *given.valid)]
+        self._prompts = None
+        if given.generations is not None:
+            self._prompts = Prompts.of(model, read_rows(given.generations), torch.device(device))
+
+    def row(self, text: str, changed: dict[str, Tensor], end: str) -> None:
+        """Prints the row of a setting: `changed` are the weights that the original does not have, by full name."""
+        whole = AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.bfloat16)
+        whole.load_state_dict(changed, strict=False)
+        choice, *valid = (meter(whole, keep=self._keeps) for meter in self._meters)
+        if self._prompts is not None:
+            print(f"| {text} | {self._prompts.compared(whole)}", flush=True)
+        each = " ".join(f"{judged['kl']:.5f}" for judged in valid)
+        print(f"| {text} | {choice['kl']:.5f} | {each} | {valid[0]['perplexity']:.3f} {end}", flush=True)
+
+
+def stage_of(settings: dict[str, dict[str, float]], texts: Texts, judges: Judges) -> Any:
     """In place of the stage: all settings, and then the end."""
 
     def stage(job: Any, quantized: Any) -> None:
-        print(HEADER, flush=True)
+        seconds = ", ".join(f"{name} {value:.1f} s" for name, value in job.clock.seconds().items())
+        print(f"| before: {seconds}", flush=True)
         before = job.finished_blocks._state
-        settings = [setting_of(text) for text in given.settings]
-        texts = Texts(given, model, settings)
-        prompts = (
-            None if given.generations is None else Prompts.of(model, read_rows(given.generations), job.model.device)
-        )
-        for text, setting in zip(given.settings, settings, strict=True):
+        for text, setting in settings.items():
             end = tune(job, quantized, setting, texts.of(job, setting))
-            whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-            whole.load_state_dict(weights(job), strict=False)
-            choice, *valid = (meter(whole) for meter in meters)
-            if prompts is not None:
-                print(f"| {text} | {prompts.compared(whole)}", flush=True)
-            each = " ".join(f"{judged['kl']:.5f}" for judged in valid)
-            figures = f"{choice['kl']:.5f} | {each} | {valid[0]['perplexity']:.3f}"
-            print(f"| {text} | {figures} {end}", flush=True)
+            judges.row(text, weights(job), end)
             job.finished_blocks._state, job.finished_blocks._scales = before, {}
         raise Done
 
@@ -212,6 +226,18 @@ def not_compensated(task: BlockTask) -> dict[str, BlockWeight]:
     """Nothing: linears begin with the search."""
     del task
     return {}
+
+
+def run_job(order: AttemptOrder) -> None:
+    """The job of an order, to the stage that ends it."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_job(order, Path(folder), Reporter(lambda _: None), 0, JobInput.of(order, Path(folder), 0)) as job,
+    ):
+        try:
+            goal.make(quantize.prepare(job), quantize.run)
+        except Done:
+            return
 
 
 def main() -> None:
@@ -246,36 +272,37 @@ def main() -> None:
         sign_round.SignRound.quantize_block = BLOCKS[given.blocks]  # type: ignore[method-assign,assignment]
     if given.start == "search":
         sign_round.compensated = not_compensated
-    body = {
-        "model": model,
-        "quantization": {"method": "signround", "steps": given.steps, "scale_steps": 1, **scheme, **rate},
-        "calibration": {
-            "dataset": {"source": "local", "path": calibration},
-            "num_samples": given.samples,
-            "sequence_length": given.length,
-        },
-        "evaluation": None,
-        "formats": ["native"],
-    }
-    order = AttemptOrder(
-        job_id="job_benchmark",
-        attempt=1,
-        request=JobRequest.parse(body),
-        model_path=model,
-        calibration_path=calibration,
-        device=device,
-    )
-    size = (given.sequences, device, given.judged_length)
-    meters = [QualityMeter(model, read_text(text), *size) for text in (given.choice, *given.valid)]
-    scales.run = stage_of(given, model, meters)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open_job(order, Path(folder), Reporter(lambda _: None), 0, JobInput.of(order, Path(folder), 0)) as job,
-    ):
-        try:
-            goal.make(quantize.prepare(job), quantize.run)
-        except Done:
-            return
+    settings = {text: setting_of(text) for text in given.settings}
+    texts, judges = Texts(given, model, list(settings.values())), Judges(given, model, device)
+    print(HEADER, flush=True)
+    alike: dict[tuple[int, int], dict[str, dict[str, float]]] = {}
+    for text, setting in settings.items():
+        key = int(setting.get("blocks", given.steps)), int(setting.get("job", 0))
+        alike.setdefault(key, {})[text] = setting
+    for (steps, seed), own in alike.items():
+        body = {
+            "model": model,
+            "quantization": {"method": "signround", "steps": steps, "scale_steps": 1, **scheme, **rate},
+            "calibration": {
+                "dataset": {"source": "local", "path": calibration},
+                "num_samples": given.samples,
+                "sequence_length": given.length,
+            },
+            "evaluation": None,
+            "formats": ["native"],
+            "seed": seed,
+        }
+        scales.run = stage_of(own, texts, judges)
+        run_job(
+            AttemptOrder(
+                job_id="job_benchmark",
+                attempt=1,
+                request=JobRequest.parse(body),
+                model_path=model,
+                calibration_path=calibration,
+                device=device,
+            )
+        )
 
 
 if __name__ == "__main__":

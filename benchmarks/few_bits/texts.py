@@ -20,14 +20,30 @@ SURE = 4
 """Tokens of a free piece after which others than the likeliest are drawn."""
 PIECE = 512
 """Tokens of a piece; several make a sequence. The shorter, the nearer to the text."""
-PIECES_AT_ONCE = 2048
+PIECES_AT_ONCE, ROWS_AT_ONCE = 2048, 512
 
 
-def mixed(paths: list[str]) -> str:
+def mixed(paths: list[str]) -> list[str]:
     """Rows of several files in turn, those of a longer file at the end."""
     rows = [read_rows(path) for path in paths]
     order = sorted((place / len(own), file, place) for file, own in enumerate(rows) for place in range(len(own)))
-    return "\n\n".join(rows[file][place] for _, file, place in order)
+    return [rows[file][place] for _, file, place in order]
+
+
+def sequences_of(tokenizer: PreTrainedTokenizerBase, rows: list[str], length: int, count: int) -> Tensor:
+    """The first `count` windows (count, length) of rows, or as many as there are, each behind the beginning of a text.
+
+    Rows are tokenized together, which takes as many threads as there are processors.
+    """
+    begin, tokens = beginning(tokenizer), []
+    each = length - len(begin)
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        found = tokenizer([row + "\n\n" for row in rows[first : first + ROWS_AT_ONCE]], add_special_tokens=False)
+        tokens.extend(token for row in found.input_ids for token in row)
+        if len(tokens) >= count * each:
+            break
+    ids = torch.tensor(tokens[: min(count, len(tokens) // each) * each]).view(-1, each)
+    return torch.cat([begin.expand(len(ids), -1), ids], dim=1)
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int) -> Tensor:

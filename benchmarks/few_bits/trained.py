@@ -27,7 +27,7 @@ def main() -> None:
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = {"steps": given.steps, "blocks": given.blocks, "batch": given.batch, "vocabulary": given.vocabulary}
-    loss = write_trained(given.folder, mixed(given.text), device=device, seed=0, **sizes)
+    loss = write_trained(given.folder, "\n\n".join(mixed(given.text)), device=device, seed=0, **sizes)
     print(f"loss of the last steps {loss:.3f} nats a token")
 
 
