@@ -4,10 +4,10 @@
         --scheme mxfp4a16 --settings steps=0 steps=100,codes=0 steps=100 steps=200,pace=0.25
 
 Blocks are quantized once, as the preset `default` of SignRound does, and again for settings with other `blocks` or
-`job`. A row of each setting: KL on the text of
-`--choice`, which nothing is tuned on, to choose a setting by; KL on each text of `--valid`, to publish of the one that
-was chosen, and perplexity on the first; KL on the held-out share of the tuned text before and after; weights whose code
-changed, and seconds. Models are judged by transformers, as in `benchmarks.number_formats`.
+`job`. A row of each setting: KL on the text of `--choice`, which nothing is tuned on, to choose a setting by; KL on
+each text of `--valid`, to publish of the one that was chosen, and perplexity on the first; KL on the held-out share of
+the tuned text before and after; weights whose code changed, seconds, and the memory of the device that the stage takes
+beside its text. Models are judged by transformers, as in `benchmarks.number_formats`.
 
     steps   end to end; 0: blocks as they are
     codes   0: codes stay
@@ -59,7 +59,7 @@ from workers.engine.untrusted.asking import JobInput
 from workers.methods import sign_round
 from workers.numerics.quantized import BlockWeight
 
-HEADER = "| setting | KL, choice | KL of each text | perplexity | held out, before | after | codes | seconds |\n"
+HEADER = "| setting | KL, choice | KL of each text | perplexity | held out, before | after | codes | seconds | GiB |\n"
 TEXTS = ("further", "cut", "written", "free")
 """Settings that are numbers of sequences."""
 PACE, BOX, RATE, BETAS, BATCH = moving_codes.PACE_CODES, moving_codes.BOX, tuning.LEARNING_RATE, tuning.BETAS, 4
@@ -149,8 +149,12 @@ def tune(job: Any, quantized: Any, setting: dict[str, float], further: tuple[Ten
     """Tunes by a setting and makes the result that of the finished blocks; the end of a row."""
     apply(setting)
     if not setting.get("steps", 100):
-        return "| | | | |"
+        return "| | | | | |"
     started = time.perf_counter()
+    on_device = job.model.device.type == "cuda"
+    if on_device:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_device else 0
     quantized.calibration.rewind(job.model)
     task = replace(
         scales_stage._task(job, quantized.calibration, quantized),
@@ -166,7 +170,9 @@ def tune(job: Any, quantized: Any, setting: dict[str, float], further: tuple[Ten
     report = scales_stage._report(found, task.steps, seconds)
     job.finished_blocks.save_scales(found.scales, report, found.norms, found.codes)
     slower = "" if found.captured else " eager"
-    return f"| {found.divergence_initial:.5f} | {found.divergence:.5f} | {found.changed:,} | {seconds:.1f}{slower} |"
+    peak = f"{(torch.cuda.max_memory_allocated() - before) / 2**30:.1f}" if on_device else ""
+    held_out = f"{found.divergence_initial:.5f} | {found.divergence:.5f}"
+    return f"| {held_out} | {found.changed:,} | {seconds:.1f}{slower} | {peak} |"
 
 
 def weights(job: Any) -> dict[str, Tensor]:
