@@ -148,34 +148,23 @@ def ours(given: argparse.Namespace, scheme: Scheme, preset: str, seed: int, mete
     )
 
 
-def peer(given: argparse.Namespace, scheme: Scheme, seed: int, meter: QualityMeter) -> dict[str, Any]:
+def peer(model: str, calibration: str, seed: int, meter: QualityMeter, **asked: Any) -> dict[str, Any]:
+    """auto-round's own 200 steps with what is `asked` of it (bits, group_size, sym; or a scheme of its own by name)."""
     from auto_round import AutoRound
 
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    ids = tokenizer(read_text(given.calibration))["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(read_text(calibration))["input_ids"]
     chosen = random.Random(seed)
     starts = [chosen.randrange(0, len(ids) - LENGTH - 64) for _ in range(SAMPLES)]
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl", delete=False) as file:
         # A little more than needed: tokenizing the text again may shorten it.
         file.writelines(json.dumps({"text": tokenizer.decode(ids[s : s + LENGTH + 32])}) + "\n" for s in starts)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16)
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    recipe = {"iters": 200, "nsamples": SAMPLES, "seqlen": LENGTH, "batch_size": 8, "dataset": file.name, "seed": seed}
     start = time.perf_counter()
-    engine = AutoRound(
-        model,
-        tokenizer,
-        bits=scheme.bits,
-        group_size=scheme.group_size,
-        sym=scheme.symmetric,
-        iters=200,
-        nsamples=SAMPLES,
-        seqlen=LENGTH,
-        batch_size=8,
-        dataset=file.name,
-        seed=seed,
-    )
-    model, _ = engine.quantize()
+    quantized, _ = AutoRound(original, tokenizer, **recipe | asked).quantize()
     seconds = time.perf_counter() - start
-    return {"seconds": round(seconds, 2)} | meter(model)
+    return {"seconds": round(seconds, 2)} | meter(quantized)
 
 
 def main() -> None:
@@ -208,7 +197,15 @@ def main() -> None:
                 write(
                     output,
                     {"by": "auto-round", "scheme": text, "seed": given.seeds[0]}
-                    | peer(given, scheme, given.seeds[0], meter),
+                    | peer(
+                        given.model,
+                        given.calibration,
+                        given.seeds[0],
+                        meter,
+                        bits=scheme.bits,
+                        group_size=scheme.group_size,
+                        sym=scheme.symmetric,
+                    ),
                 )
 
 

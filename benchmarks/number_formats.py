@@ -7,7 +7,8 @@ One JSON line a job, and a row of a table: bytes of the files of the first forma
 whole model, KL(original || quantized) per token and perplexity of the weights alone in transformers (`kl`,
 `perplexity`), the KL of the report, in which inputs are rounded as a server of the scheme does (`kl_served`), and
 seconds without loading, evaluation and export. `absmax` is round to nearest without the search of scales. Sequences are
-128 of 2048 tokens unless `--samples` and `--length` say otherwise.
+128 of 2048 tokens unless `--samples` and `--length` say otherwise. `auto-round` is the peer with its own 200 steps; it
+needs the packages auto-round and datasets.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 
 from app.domain.methods import SchemeName
 from app.domain.request.job_request import JobRequest
-from benchmarks.against_auto_round import EVALUATION_LENGTH, QualityMeter, read_text
+from benchmarks.against_auto_round import EVALUATION_LENGTH, QualityMeter, peer, read_text
 from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
@@ -34,6 +35,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "light": {"method": "signround", "preset": "light"},
     "default": {"method": "signround"},
     "best": {"method": "signround", "preset": "best"},
+    "max": {"method": "signround", "preset": "max"},
+}
+PEER = "auto-round"
+# What the peer calls a scheme whose weights alone are rounded.
+PEER_SCHEMES: dict[str, dict[str, Any]] = {
+    "nvfp4a16": {"scheme": "NVFP4", "act_bits": 16},
+    "mxfp4a16": {"scheme": "MXFP4", "act_bits": 16},
 }
 HEADER = "| scheme | method | MB | bits of the model | KL | KL served | perplexity | seconds |\n" + "|---" * 8 + "|"
 
@@ -44,7 +52,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--valid", required=True)
     parser.add_argument("--schemes", nargs="+", choices=[name.value for name in SchemeName], default=["nvfp4a16"])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, PEER], default=list(ARMS))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--sequences", type=int, default=32, help="of the validation text")
@@ -56,11 +64,17 @@ def main() -> None:
     print(HEADER)
     for scheme in given.schemes:
         for arm in given.arms:
-            row = measured(given, scheme, arm, meter, device)
+            row = peer_row(given, scheme, meter) if arm == PEER else measured(given, scheme, arm, meter, device)
             print(table_row(row), flush=True)
             if given.output is not None:
                 with given.output.open("a") as file:
                     file.write(json.dumps(row) + "\n")
+
+
+def peer_row(given: argparse.Namespace, scheme: str, meter: QualityMeter) -> dict[str, Any]:
+    """auto-round's weights of a scheme by the same judge; nothing of it is written."""
+    found = peer(given.model, given.calibration, 0, meter, **PEER_SCHEMES[scheme])
+    return {"scheme": scheme, "arm": PEER, "bytes": None, "bits_model": None, "kl_served": None} | found
 
 
 def measured(given: argparse.Namespace, scheme: str, arm: str, meter: QualityMeter, device: str) -> dict[str, Any]:
@@ -113,12 +127,12 @@ def measured(given: argparse.Namespace, scheme: str, arm: str, meter: QualityMet
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """A row of the table in Markdown."""
+    """A row of the table in Markdown; cells that a side has no figure of are empty."""
+    size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
+    bits = "" if row["bits_model"] is None else f"{row['bits_model']:.2f}"
     served = "" if row["kl_served"] is None else f"{row['kl_served']:.5f}"
-    return (
-        f"| {row['scheme']} | {row['arm']} | {row['bytes'] / 1e6:.1f} | {row['bits_model']:.2f} | {row['kl']:.5f} | "
-        f"{served} | {row['perplexity']:.3f} | {row['seconds']:.1f} |"
-    )
+    cells = (row["scheme"], row["arm"], size, bits, f"{row['kl']:.5f}", served, f"{row['perplexity']:.3f}")
+    return f"| {' | '.join(cells)} | {row['seconds']:.1f} |"
 
 
 if __name__ == "__main__":
