@@ -8,12 +8,15 @@ times, of the second call. `jobs` runs each job three times in one process. Of t
 an opened model with its tokens made to the last block that is durable, without loading, evaluation and saving: the
 second one is the figure of a method. Of the third it prints the seconds by stage, each without those inside it and with
 the device waited for at both ends, and how often a stage began. `--profile` prints a fourth one's table of kernels, of
-one block's method.
+one block's method. `--runs 1` leaves the second one out. A run that is ended by SIGTERM, as by `timeout`, prints the
+stages so far.
 """
 
 import argparse
 import json
 import pkgutil
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--profile", type=int, metavar="BLOCK", help="index of a block whose kernels are listed")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--runs", type=int, default=2, help="jobs before the one whose stages are watched")
     arguments = parser.parse_args()
     if arguments.what == "check":
         for line in _checks(arguments.device, LARGE if arguments.large else ()):
@@ -128,9 +132,11 @@ def main() -> None:
         return
     text = {"dataset": {"source": "local", "path": str(arguments.calibration)}}
     calibration = {**text, "num_samples": arguments.sequences, "sequence_length": arguments.length}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended before the last run"))
     for name in arguments.cells:
-        for stage in _job(name, arguments.model, calibration, arguments.device, arguments.profile):
-            print(stage, flush=True)
+        order = order_of(Job(arguments.model, CELLS[name][0], arguments.device, calibration, format=CELLS[name][1]))
+        for line in _job(name, order, arguments.runs, arguments.profile):
+            print(line, flush=True)
 
 
 def _checks(device: str, large: tuple[tuple[int, int], ...]) -> Iterator[dict[str, Any]]:
@@ -217,15 +223,15 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _job(name: str, model: Path, calibration: dict[str, Any], device: str, profiled: int | None) -> Iterator[str]:
-    quantization, kind = CELLS[name]
-    order = order_of(Job(model, quantization, device, calibration, format=kind))
-    seconds = [_seconds(order) for _ in range(2)]
+def _job(name: str, order: AttemptOrder, runs: int, profiled: int | None) -> Iterator[str]:
+    for number in range(runs):
+        yield f"== {name}: run {number + 1} {_seconds(order):.2f} s"
     with _watching() as stages:
-        watched = _seconds(order)
-    yield f"== {name}: seconds {seconds[0]:.2f} first, {seconds[1]:.2f} second; watched {watched:.2f}"
-    for stage, (spent, count) in sorted(stages.items(), key=lambda item: -item[1][0]):
-        yield f"{stage:32} {spent:8.3f} s {count:7d} times"
+        try:
+            yield f"== {name}: watched {_seconds(order):.2f} s"
+        finally:
+            for stage, (spent, count) in sorted(stages.items(), key=lambda item: -item[1][0]):
+                print(f"{stage:32} {spent:8.3f} s {count:7d} times", flush=True)
     if profiled is not None:
         with _profiling(profiled) as lines:
             _seconds(order)
