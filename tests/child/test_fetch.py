@@ -262,8 +262,7 @@ def test_a_dataset_becomes_a_jsonl_head_and_its_id_is_never_a_folder_of_the_work
 def test_answers_that_look_like_times_stay_as_they_are_written(online: Bench, hub: Hub) -> None:
     """Where every one looks like a time, `datasets` gives datetimes: no zone, another way of writing, no JSON."""
     rows = [{"prompt": f"When was {n}?", "completion": f"2026-11-{n:02}T10:00:00Z"} for n in range(1, 31)]
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    hub.repositories["datasets/org/dates"] = {"train.jsonl": data}
+    hub.repositories["datasets/org/dates"] = {"train.json": json.dumps(rows).encode()}
     job_id = online.submit("fail:unknown_module", method="signround", evaluation=None, **calibrated("org/dates"))
     online.run()
     path = order(online, job_id).calibration_path

@@ -219,7 +219,7 @@ def write_text(order: TextOrder, commit: str) -> None:
     """
     dataset = order.dataset
     try:
-        rows = dataset_rows(dataset, commit, (*_known_columns(order), *BESIDE_COLUMNS))
+        rows = dataset_rows(dataset, commit)
         lines = list(text_lines(rows, order))
     except ValueError as error:  # an unknown configuration or split, a file that is no table
         hint = "name a configuration and a split that the dataset has, and that is a table of text"
