@@ -106,6 +106,11 @@ class BlockEvent(Message):
     )
     experts_starved: int | None = Field(default=None, description="Experts that got too few.")
     seconds: float
+    milestone: int | None = Field(
+        default=None,
+        description="Number of what the job has finished before, blocks and checkpoints together; null: the index. "
+        "With a goal the blocks of every round count.",
+    )
 
 
 class CheckpointEvent(Message):

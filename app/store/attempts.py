@@ -256,7 +256,7 @@ class AttemptWriter:
         """
         if not events:
             return
-        blocks = [event.index for event in events if isinstance(event, BlockEvent)]
+        blocks = [e.index if e.milestone is None else e.milestone for e in events if isinstance(e, BlockEvent)]
         milestones = blocks + [event.milestone for event in events if isinstance(event, CheckpointEvent)]
         row = self._session.execute(self._count(events, milestones)).one_or_none()
         if row is None:

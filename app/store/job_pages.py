@@ -23,11 +23,12 @@ from sqlalchemy import (
     select,
     tuple_,
     type_coerce,
-    union,
+    union_all,
 )
 from sqlalchemy.orm import Session, defer
 
 from app.store.models import MODEL_START, START_LENGTH, Job, JobLabel, table_of
+from app.store.session import BY_VALUES
 from bitwright.job_states import JobStatus
 
 FEW = 1000
@@ -95,13 +96,13 @@ def newest_states(
     session: Session, tenant_id: str, filters: JobFilters, after: str | None, limit: int
 ) -> Sequence[ListedJob]:
     """Up to `limit` jobs, newest first, that match every filter and are older than the job `after`."""
-    query = _matching(session, tenant_id, filters, after, limit)
+    query = _page(session, tenant_id, filters, after, limit)
     return [ListedJob(row[0], row[1], row[2], row) for row in session.execute(query.with_only_columns(*STATE)).all()]
 
 
 def newest_jobs(session: Session, tenant_id: str, filters: JobFilters, after: str | None, limit: int) -> Sequence[Job]:
     """The same jobs with all that a list shows of them; without reports."""
-    ids = session.scalars(_matching(session, tenant_id, filters, after, limit)).all()
+    ids = session.scalars(_page(session, tenant_id, filters, after, limit)).all()
     return jobs_of(session, ids)
 
 
@@ -111,8 +112,14 @@ def jobs_of(session: Session, ids: Sequence[str]) -> Sequence[Job]:
     return session.scalars(page.options(defer(Job.report, raiseload=True))).all()
 
 
+def _page(session: Session, tenant_id: str, filters: JobFilters, after: str | None, limit: int) -> Ids:
+    """The query for the ids of a page, planned for its filters if it has any."""
+    query = _matching(session, tenant_id, filters, after, limit)
+    return query.execution_options(**BY_VALUES) if filters.by_columns or filters.labels else query
+
+
 def _matching(session: Session, tenant_id: str, filters: JobFilters, after: str | None, limit: int) -> Ids:
-    """The query for the ids of a page."""
+    """The ids of a page."""
     branches = [
         select(JOB.id).where(JOB.tenant_id == tenant_id, *_before(JOB.id, after), *columns)
         for columns in _indexed_columns(filters, _passed_over(session, tenant_id, filters))
@@ -164,7 +171,7 @@ def _indexed_columns(filters: JobFilters, passed_over: Column | None) -> list[Co
     statuses = [filters.status] if filters.status is not None else list(JobStatus)
     names: list[Conditions] = [[]]
     if filters.method is not None:
-        names = [[JOB.method == filters.method], [JOB.recipe == filters.method]]
+        names = [[JOB.method == filters.method], [JOB.recipe == filters.method, JOB.method != filters.method]]
         if passed_over == "method":
             names = [[or_(*(name.concat("") == filters.method for name in (JOB.method, JOB.recipe)))]]
     model = _is_model(filters) if passed_over != "model" else [JOB.model.concat("") == filters.model]
@@ -187,7 +194,8 @@ def _passed_over(session: Session, tenant_id: str, filters: JobFilters) -> Colum
 
 
 def _count(session: Session, ids: Ids, most: int) -> int:
-    return session.scalar(select(func.count()).select_from(ids.limit(most).subquery())) or 0
+    counted = select(func.count()).select_from(ids.limit(most).subquery())
+    return session.scalar(counted.execution_options(**BY_VALUES)) or 0
 
 
 def _columns(filters: JobFilters) -> Conditions:
@@ -217,7 +225,7 @@ def _has_labels(job_id: ColumnElement[str], filters: JobFilters) -> ColumnElemen
     label = LABELS.alias()
     wanted = tuple_(label.c.name, label.c.value).in_(list(filters.labels.items()))
     mine = select(func.count()).select_from(label).where(label.c.job_id == job_id, wanted)
-    return mine.correlate(JOBS, LABELS).scalar_subquery() == len(filters.labels)
+    return mine.correlate(JOBS, LABELS).scalar_subquery() >= len(filters.labels)
 
 
 def _is_label(tenant_id: str, name: str, value: str) -> Conditions:
@@ -229,10 +237,13 @@ def _before(job_id: ColumnElement[str], after: str | None) -> Conditions:
 
 
 def _newest(branches: Sequence[Ids], limit: int) -> Ids:
-    """The newest ids of all branches, each once."""
+    """The newest ids of all branches, of which none has a job of another one.
+
+    No branch is read further than the page goes: they are merged in their indexes' order.
+    """
+    if len(branches) == 1:
+        return branches[0].order_by(JOB.id.desc()).limit(limit)
     newest = [branch.order_by(JOB.id.desc()).limit(limit) for branch in branches]
-    if len(newest) == 1:
-        return newest[0]
-    merged = union(*(select(branch.subquery().c.id) for branch in newest)).subquery()
+    merged = union_all(*(select(branch.subquery().c.id) for branch in newest)).subquery()
     first = select(merged.c.id).order_by(merged.c.id.desc()).limit(limit).subquery()
     return select(JOB.id).join_from(first, JOBS, JOB.id == first.c.id).order_by(JOB.id.desc())

@@ -36,6 +36,12 @@ STEPS_BETWEEN_LOOKS = 20_000
 READING = "bitwright_reading"
 STATEMENT_ENDS = "bitwright_statement_ends"
 USED_AT = "bitwright_used_at"
+BY_VALUES: Mapping[str, bool] = {"bitwright_by_values": True}
+"""Options of a statement whose plan depends on its values: PostgreSQL is to plan it for them each time.
+
+What a connection has executed ten times it executes by a plan for any values, if that looks no dearer. Of rows that a
+limit ends and indexes whose values are not equally frequent such a plan knows too little.
+"""
 SURE_SECONDS = 10.0
 """A connection that was used so long ago is there still, if its server has said nothing."""
 READ_ONLY: Mapping[str, str] = {"default_transaction_read_only": "on"}
@@ -212,7 +218,16 @@ def _create_engine(
     engine = create_engine(parsed, connect_args=connect, pool_use_lifo=True, **options)
     event.listen(engine, "checkin", _note_use)
     event.listen(engine, "checkout", partial(_look_after_idle, engine))
+    event.listen(engine, "do_execute", _execute_by_values)
     return engine
+
+
+def _execute_by_values(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+    """Execute a statement that is `BY_VALUES`, unprepared; True if it was one."""
+    if context is None or not BY_VALUES.items() <= context.execution_options.items():
+        return False
+    cursor.execute(statement, parameters, prepare=False)
+    return True
 
 
 def _note_use(_connection: Any, record: Any) -> None:

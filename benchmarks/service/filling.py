@@ -3,7 +3,8 @@
     python -m benchmarks.service.filling URL --jobs 1000000
 
 Five tenants, of which the first has nine tenths; 40 models, of which one has half of the jobs; three methods and a
-recipe; one per thousand queued, the rest ended; labels: `ci` on half of them, `team` of ten, `commit` of its own.
+recipe; one per thousand queued, the rest ended; labels: `ci` on half of them, `team` of ten, `commit` of its own,
+`release` on one of 200, `night` on one of seven that failed, so that no other job has it.
 """
 
 import argparse
@@ -25,8 +26,6 @@ ROWS = 5000
 STATUSES = ["succeeded"] * 899 + ["failed"] * 70 + ["cancelled"] * 30 + ["queued"]
 METHODS = [("rtn", None), ("gptq", None), ("signround", None), ("nf", "qlora")]
 START = datetime(2025, 1, 1, tzinfo=UTC)
-COLUMNS = ("id", "tenant_id", "status", "request", "method", "recipe", "model", "device", "priority", "attempt")
-TIMES = ("created_at", "available_at", "updated_at", "finished_at")
 
 
 def main() -> None:
@@ -55,7 +54,7 @@ def fill(url: str, jobs: int) -> str:
 
 
 def _parts(tenants: list[str], jobs: int) -> Iterator[dict[type[Base], list[dict[str, object]]]]:
-    chance = random.Random(1)
+    chance, rare = random.Random(1), random.Random(2)
     request = JobRequest.parse({"model": "org/model-0", "method": "rtn", "bits": 4}).model_dump(mode="json")
     for first in range(0, jobs, ROWS):
         rows: dict[type[Base], list[dict[str, object]]] = {Job: [], JobLabel: []}
@@ -64,19 +63,22 @@ def _parts(tenants: list[str], jobs: int) -> Iterator[dict[type[Base], list[dict
             model = "org/model-0" if chance.random() < 0.5 else f"org/model-{chance.randrange(40)}"
             labels = {"team": f"t{chance.randrange(10)}", "commit": f"{number:040x}"}
             labels |= {"ci": "true"} if chance.random() < 0.5 else {}
-            rows[Job].append(_job(number, tenant, model, chance, {**request, "metadata": labels}))
-            owner = {"job_id": rows[Job][-1]["id"], "tenant_id": tenant}
+            job = _job(number, tenant, model, chance)
+            labels |= {"release": "r1"} if rare.random() < 1 / 200 else {}
+            labels |= {"night": "yes"} if job["status"] == "failed" and rare.random() < 1 / 7 else {}
+            rows[Job].append({**job, "request": {**request, "metadata": labels}})
+            owner = {"job_id": job["id"], "tenant_id": tenant}
             rows[JobLabel] += [{**owner, "name": name, "value": value} for name, value in labels.items()]
         yield rows
 
 
-def _job(number: int, tenant: str, model: str, chance: random.Random, request: object) -> dict[str, object]:
+def _job(number: int, tenant: str, model: str, chance: random.Random) -> dict[str, object]:
     method, recipe = chance.choice(METHODS)
     status = chance.choice(STATUSES)
     created = START + timedelta(seconds=20 * number)
     ended = created + timedelta(seconds=chance.randrange(60, 6000))
     return {
-        **dict(zip(COLUMNS[:4], (job_id(created, number), tenant, status, request), strict=True)),
+        **{"id": job_id(created, number), "tenant_id": tenant, "status": status},
         **{"method": method, "recipe": recipe, "model": model, "device": "any", "priority": 0},
         **{"attempt": int(status != "queued"), "created_at": created, "available_at": created, "updated_at": ended},
         "finished_at": None if status == "queued" else ended,

@@ -123,6 +123,23 @@ def test_a_fault_before_a_release_still_counts(database: Database, tenant: str) 
     assert get(database, tenant, job_id).fruitless_attempts == 2
 
 
+def test_a_block_of_a_later_round_is_progress(database: Database, tenant: str) -> None:
+    """On the way to a goal all blocks are made several times: an index alone would look like work of before."""
+    job_id = add(database, tenant)
+    held = take(database)
+    tell(database, held, *(block(index).model_copy(update={"milestone": index}) for index in range(8)))
+    assert get(database, tenant, job_id).blocks_done == 8
+    fail(database, held, CudaError("Xid 31"))
+    end_back_off(database, job_id)
+    held = take(database)
+    assert get(database, tenant, job_id).fruitless_attempts == 1
+    tell(database, held, block(0).model_copy(update={"milestone": 7}))
+    assert get(database, tenant, job_id).fruitless_attempts == 1, "told once more"
+    tell(database, held, block(0).model_copy(update={"milestone": 8}))
+    job = get(database, tenant, job_id)
+    assert (job.blocks_done, job.fruitless_attempts) == (9, 0)
+
+
 @pytest.mark.parametrize("way", ["fail", "cancelled"])
 def test_a_cancelled_attempt_has_no_error_on_the_job(database: Database, tenant: str, way: str) -> None:
     job_id = add(database, tenant)

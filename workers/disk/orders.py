@@ -144,6 +144,10 @@ class AttemptOrder(Message):
         """True if an earlier attempt has told of a block or checkpoint, which died before it could else."""
         return self.told is None or milestone < self.told
 
+    def with_told(self, milestones: int) -> "AttemptOrder":
+        """The same order once this attempt has told of so many itself."""
+        return self if self.told is None else self.model_copy(update={"told": max(self.told, milestones)})
+
     @property
     def text_files(self) -> list[Path]:
         """Files of all texts that are read from one."""

@@ -73,6 +73,7 @@ class Job:
     base_job         the result that this job starts from
     prepared         facts about the whole model that the method asks for; empty until `quantize.prepare`
     reference        whether round to nearest is measured besides
+    rounds_before    how often all blocks were made before, on the way to a goal
     """
 
     order: AttemptOrder
@@ -88,6 +89,7 @@ class Job:
     base_job: BaseJobResult | None = None
     prepared: Prepared = Prepared()
     reference: bool = False
+    rounds_before: int = 0
 
     @property
     def request(self) -> JobRequest:

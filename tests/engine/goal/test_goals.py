@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from app.domain.attempt_lines import AttemptLine
 from app.domain.formats import ExportFormat
 from app.domain.methods import Form
 from app.domain.request.goal_problems import sized_formats
 from bitwright.errors import GoalOutOfReach
-from bitwright.events import ErrorData
+from bitwright.events import BlockEvent, ErrorData
 from bitwright.report import GoalReport, Report
 from tests.engine.conftest import run_job
 from tests.tiny_model import tiny_model_folder
@@ -50,6 +51,10 @@ def weights(workspace: Path) -> dict[str, bytes]:
     files = sorted((workspace / "output" / "native").glob("*.safetensors"))
     return {name: tensor.numpy().tobytes() for file in files for name, tensor in load_file(file).items()
             if name.endswith("codes")}  # fmt: skip
+
+
+def milestones(lines: list[AttemptLine]) -> list[int | None]:
+    return [line.milestone for line in lines if isinstance(line, BlockEvent)]
 
 
 @pytest.mark.parametrize("method", ["rtn", pytest.param("gptq", marks=pytest.mark.slow)])
@@ -214,7 +219,7 @@ def test_a_distance_out_of_reach_ends_before_tuning_with_the_frontier(trained: P
     lines: list[Any] = []
     with pytest.raises(GoalOutOfReach) as refused:
         run_job(trained, tmp_path, lines, method="gptq", at_most=goal, **ENOUGH)
-    assert not any(line.type == "block_done" for line in lines)
+    assert not any(line.type == "block" for line in lines)
     error = ErrorData.model_validate_json(ErrorData.of(refused.value).model_dump_json()).exception()
     assert isinstance(error, GoalOutOfReach)
     assert error.frontier == refused.value.frontier
@@ -257,14 +262,21 @@ def test_an_interrupted_job_goes_on_in_the_round_in_hand(
             raise KeyboardInterrupt
         return quantize(self, task, spec)
 
+    told: list[AttemptLine] = []
     with monkeypatch.context() as patched:
         patched.setattr(GPTQ, "quantize_block", until_the_second_block_of_the_second_round)
         with pytest.raises(KeyboardInterrupt):
-            run_job(trained, tmp_path / "killed", **request)
+            run_job(trained, tmp_path / "killed", told, **request)
+    assert milestones(told) == [0, 1, 2]
+    more: list[AttemptLine] = []
     with monkeypatch.context() as patched:
         patched.setattr(stage, "predicted_errors", None)  # not scored again
         patched.setattr(held_out.HeldOut, "rounded", None)  # nor measured
-        again = run_job(trained, tmp_path / "killed", **request).report
+        # The last event was lost with its attempt, and is told now.
+        again = run_job(trained, tmp_path / "killed", more, order={"told": 2}, **request).report
+    rounds = goal_of(again).rounds
+    assert rounds > 1
+    assert milestones(more) == list(range(2, 2 * rounds)), "each block of each round once"
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     assert goal_of(again).model_dump(exclude={"seconds"}) == goal_of(whole).model_dump(exclude={"seconds"})
     assert again.quality == whole.quality

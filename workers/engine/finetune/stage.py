@@ -225,7 +225,7 @@ def _task(stage: _Finetuning, plan: TrainingPlan, model: ResidentModel) -> Train
         state=stage.state(plan, job.processes),
         reporter=job.reporter,
         processes=job.processes,
-        milestones=len(job.model.blocks),
+        milestones=(job.rounds_before + 1) * len(job.model.blocks),
         is_told=job.order.is_told,
     )
 

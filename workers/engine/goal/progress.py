@@ -50,6 +50,11 @@ class Progress(BaseModel):
             return None
         return found if found.fingerprint == fingerprint else None
 
+    def rounds_before(self, index: int) -> int:
+        """How many points were made before this one."""
+        made = list(self.made)
+        return made.index(index) if index in self.made else len(made)
+
     def save(self, job: Job) -> "Progress":
         """Returns itself when a crash can no longer lose it."""
         if job.processes.leads:

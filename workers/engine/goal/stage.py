@@ -55,6 +55,7 @@ def make(job: Job, quantize: Callable[[Job], Quantized]) -> tuple[Job, Quantized
     while True:
         made = aim.job_of(index)
         quantized = quantize(made)
+        aim.note_told(made)
         tuned = scales.run(made, quantized)
         made.finished_blocks.resumed = resumed.setdefault(index, made.finished_blocks.resumed)
         following = aim.judged(index, made, quantized)
@@ -124,6 +125,11 @@ class _Aim:
         forget_others(self.job, {chosen} if following is None else {chosen, following})
         return chosen if following is None else following
 
+    def note_told(self, made: Job) -> None:
+        """Blocks of a point that was made have been told of, should it be taken again."""
+        milestones = (made.rounds_before + 1) * len(made.model.blocks)
+        self.job = replace(self.job, order=self.job.order.with_told(milestones))
+
     def job_of(self, index: int) -> Job:
         """The job that makes a point."""
         chosen = {name: self.scores.candidates[name][x].scheme for name, x in self.points[index].choices.items()}
@@ -133,6 +139,7 @@ class _Aim:
             prepared=Prepared(schemes=chosen, report=report),
             schemes={**self.job.schemes, **chosen},
             finished_blocks=FinishedBlocks(point_folder(self.job, index), self.job.processes),
+            rounds_before=self.progress.rounds_before(index),
         )
 
     def finished(self, index: int, made: Job) -> Job:
@@ -141,7 +148,8 @@ class _Aim:
         text = None if self.held_out is None else self.held_out.sequences.report()
         report = goal_report(made.spec, self.limits, points, index, self.curve, text, self.progress, exact=self.exact)
         self.held_out = None
-        return replace(made, prepared=replace(made.prepared, goal=report))
+        rounds = max(len(self.progress.made), 1)
+        return replace(made, prepared=replace(made.prepared, goal=report), rounds_before=rounds - 1)
 
     def bytes(self, index: int) -> int:
         """Of the weight files of a point, at the most."""

@@ -267,7 +267,8 @@ class BlockPass:
         report = findings.report()
         report = report if self.job.base_job is None else self.job.base_job.corrected(report)
         self.job.finished_blocks.finish(findings.index, shard.result(), report)
-        self.job.reporter.block(block_event(report, len(self.job.model.blocks)), findings.started)
+        event = block_event(report, len(self.job.model.blocks), self.job.rounds_before)
+        self.job.reporter.block(event, findings.started)
 
     def _replay(self, index: int, quantized: dict[str, Tensor]) -> None:
         block, prefix = self.job.model.blocks[index], self.job.model.layout.block(index)

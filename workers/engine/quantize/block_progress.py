@@ -7,8 +7,8 @@ from bitwright.report import BlockReport
 from workers.engine.reporter import Reporter
 
 
-def block_event(report: BlockReport, total: int) -> BlockEvent:
-    """The event of a block that is done."""
+def block_event(report: BlockReport, total: int, rounds_before: int = 0) -> BlockEvent:
+    """The event of a block that is done, after so many rounds of all blocks."""
     return BlockEvent(
         index=report.index,
         total=total,
@@ -18,6 +18,7 @@ def block_event(report: BlockReport, total: int) -> BlockEvent:
         expert_tokens_least=min((part.tokens_least for part in report.experts), default=None),
         experts_starved=sum(len(part.starved) for part in report.experts) if report.experts else None,
         seconds=report.seconds,
+        milestone=rounds_before * total + report.index,
     )
 
 

@@ -79,8 +79,11 @@ def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
 def _tell(job: Job) -> None:
     """Blocks of earlier attempts that died between making them durable and telling of them."""
     for block in job.finished_blocks.blocks:
-        if block.report is not None and not job.order.is_told(block.index):
-            job.reporter.block(block_event(block.report, len(job.model.blocks)))
+        if block.report is None:
+            continue
+        event = block_event(block.report, len(job.model.blocks), job.rounds_before)
+        if event.milestone is not None and not job.order.is_told(event.milestone):
+            job.reporter.block(event)
 
 
 def _further(job: Job, observed: Sequences | None) -> Tensor | None:
