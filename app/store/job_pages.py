@@ -1,9 +1,9 @@
 """Pages of a tenant's jobs by any filters, at a cost that does not grow with the jobs that do not match.
 
 Every filter has an index in the order of pages. Status, method and model are read together: jobs of each status, by
-method and by recipe each, from its index, then merged. Of labels a rare one is read first, and the others are looked
-up for each of its jobs. Only filters that are all frequent and never meet are searched at length; the time limit of a
-statement (`Database`) ends that.
+method and by recipe each, from its index, then merged. Of labels a rare one is read first, and all else is looked up
+for each of its jobs; a frequent one is looked up for jobs of the columns. Only filters that are all frequent and never
+meet are searched at length; the time limit of a statement (`Database`) ends that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from sqlalchemy import (
     ColumnElement,
+    CompoundSelect,
     Select,
     String,
     Text,
@@ -32,8 +33,8 @@ from app.store.session import BY_VALUES
 from bitwright.job_states import JobStatus
 
 FEW = 1000
-"""A label that fewer jobs have is read in full before all else is looked up."""
-MANY = 10_000
+"""A label that fewer jobs have is read in full before all else is looked up; else columns that fewer have."""
+MANY = 8_000
 """A label that more jobs have is looked up where there is a column to begin with."""
 
 JOBS, LABELS = table_of(Job), table_of(JobLabel)
@@ -126,39 +127,57 @@ def _matching(session: Session, tenant_id: str, filters: JobFilters, after: str 
     ]
     if not filters.labels:
         return _newest(branches, limit)
-    by_label = [
-        select(LABEL.job_id).where(*_is_label(tenant_id, *label), *_before(LABEL.job_id, after))
-        for label in filters.labels.items()
-    ]
+    by_label = {
+        name: select(LABEL.job_id).where(*_is_label(tenant_id, name, value), *_before(LABEL.job_id, after))
+        for name, value in filters.labels.items()
+    }
     # One label alone is read in the order of pages whether many have it or not.
     most = MANY if filters.by_columns or len(by_label) > 1 else FEW
     rarest, count = _rarest(session, by_label, most)
-    labelled = _has_labels(JOB.id, filters)
+    others = _has_labels({name: value for name, value in filters.labels.items() if name != rarest})
     if count < FEW:
-        some = session.scalars(rarest).all()
-        return select(JOB.id).where(JOB.id.in_(some), *_columns(filters), labelled).order_by(JOB.id.desc()).limit(limit)
-    if filters.by_columns and count >= MANY:
-        return _newest([branch.where(labelled) for branch in branches], limit)
-    others = _has_labels(LABEL.job_id, filters)
+        some = session.scalars(by_label[rarest].execution_options(**BY_VALUES)).all()
+        return select(JOB.id).where(JOB.id.in_(some), *_columns(filters), *others).order_by(JOB.id.desc()).limit(limit)
+    if filters.by_columns and (count >= MANY or _few_by_columns(session, tenant_id, filters)):
+        labelled = _has_labels(filters.labels)
+        return _newest([branch.where(*labelled) for branch in branches], limit)
     return (
-        rarest.join(JOBS, JOB.id == LABEL.job_id)
-        .where(*_columns(filters), others)
+        by_label[rarest]
+        .join(JOBS, JOB.id == LABEL.job_id)
+        .where(*_columns(filters), *others)
         .order_by(LABEL.job_id.desc())
         .limit(limit)
     )
 
 
-def _rarest(session: Session, by_label: Sequence[Ids], most: int) -> tuple[Ids, int]:
+def _rarest(session: Session, by_label: Mapping[str, Ids], most: int) -> tuple[str, int]:
     """The label that the fewest jobs have, of those that are looked at, and how many do, up to `most`."""
-    rarest, least = by_label[0], most
-    for ids in by_label:
+    rarest, least = next(iter(by_label)), most
+    for name, ids in by_label.items():
         # In the index's order, or PostgreSQL collects all of a frequent label before it counts the first.
         count = _count(session, ids.order_by(LABEL.job_id.desc()), least)
         if count < least:
-            rarest, least = ids, count
+            rarest, least = name, count
         if least < FEW:
             break
     return rarest, least
+
+
+def _few_by_columns(session: Session, tenant_id: str, filters: JobFilters) -> bool:
+    """True if an index of columns holds fewer than `FEW` jobs of the filters that it knows."""
+    of_method = [] if filters.method is None else [[JOB.method == filters.method], [JOB.recipe == filters.method]]
+    of_model = [] if filters.model is None else [_is_model(filters)]
+    ours = select(JOB.id).where(JOB.tenant_id == tenant_id)
+    for indexed in (of_method, of_model) if of_method or of_model else ([[]],):
+        parts = [ours.where(*status, *name) for status, name in product(_statuses(filters), indexed)]
+        if parts and _count(session, union_all(*parts), FEW) < FEW:
+            return True
+    return False
+
+
+def _statuses(filters: JobFilters) -> list[Conditions]:
+    """Each status that a job may have."""
+    return [[JOB.status == status] for status in ([filters.status] if filters.status is not None else JobStatus)]
 
 
 def _indexed_columns(filters: JobFilters, passed_over: Column | None) -> list[Conditions]:
@@ -168,14 +187,13 @@ def _indexed_columns(filters: JobFilters, passed_over: Column | None) -> list[Co
     """
     if not filters.by_columns:
         return [[]]
-    statuses = [filters.status] if filters.status is not None else list(JobStatus)
     names: list[Conditions] = [[]]
     if filters.method is not None:
         names = [[JOB.method == filters.method], [JOB.recipe == filters.method, JOB.method != filters.method]]
         if passed_over == "method":
             names = [[or_(*(name.concat("") == filters.method for name in (JOB.method, JOB.recipe)))]]
     model = _is_model(filters) if passed_over != "model" else [JOB.model.concat("") == filters.model]
-    return [[JOB.status == status, *name, *model] for status, name in product(statuses, names)]
+    return [[*status, *name, *model] for status, name in product(_statuses(filters), names)]
 
 
 def _passed_over(session: Session, tenant_id: str, filters: JobFilters) -> Column | None:
@@ -193,7 +211,7 @@ def _passed_over(session: Session, tenant_id: str, filters: JobFilters) -> Colum
     return "method" if of_model <= of_method else "model"
 
 
-def _count(session: Session, ids: Ids, most: int) -> int:
+def _count(session: Session, ids: Ids | CompoundSelect[str], most: int) -> int:
     counted = select(func.count()).select_from(ids.limit(most).subquery())
     return session.scalar(counted.execution_options(**BY_VALUES)) or 0
 
@@ -216,16 +234,19 @@ def _is_model(filters: JobFilters) -> Conditions:
     return [start == model[:START_LENGTH], *whole]
 
 
-def _has_labels(job_id: ColumnElement[str], filters: JobFilters) -> ColumnElement[bool]:
+def _has_labels(labels: Mapping[str, str]) -> Conditions:
     """That a job, which is the tenant's, has every label: counted among its own, which are sixteen at the most.
 
     One subquery, where one for each label would keep a planner busy for longer than the search takes. It does not ask
-    for the tenant again: SQLite would then look through all of the tenant's labels, not the job's.
+    for the tenant again: SQLite would then look through all of the tenant's labels, not the job's. There cannot be
+    more than are counted; of an equality PostgreSQL would expect hardly a job.
     """
+    if not labels:
+        return []
     label = LABELS.alias()
-    wanted = tuple_(label.c.name, label.c.value).in_(list(filters.labels.items()))
-    mine = select(func.count()).select_from(label).where(label.c.job_id == job_id, wanted)
-    return mine.correlate(JOBS, LABELS).scalar_subquery() >= len(filters.labels)
+    wanted = tuple_(label.c.name, label.c.value).in_(list(labels.items()))
+    mine = select(func.count()).select_from(label).where(label.c.job_id == JOB.id, wanted)
+    return [mine.correlate(JOBS).scalar_subquery() >= len(labels)]
 
 
 def _is_label(tenant_id: str, name: str, value: str) -> Conditions:
