@@ -13,7 +13,7 @@ from app.domain.request.sources import HubDataset
 from bitwright.errors import InvalidDataset
 
 BETWEEN = " \t\r\n,\ufeff"
-"""What may stand between two values: blanks, an array's commas, and a file's mark of its encoding."""
+"""Characters between two values: blanks, an array's commas, and a file's mark of its encoding."""
 DECODER = json.JSONDecoder()
 
 

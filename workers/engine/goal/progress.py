@@ -51,7 +51,7 @@ class Progress(BaseModel):
         return found if found.fingerprint == fingerprint else None
 
     def rounds_before(self, index: int) -> int:
-        """How many points were made before this one."""
+        """The number of points that were made before this one."""
         made = list(self.made)
         return made.index(index) if index in self.made else len(made)
 
