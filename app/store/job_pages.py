@@ -34,7 +34,7 @@ from bitwright.job_states import JobStatus
 
 FEW = 1000
 """A label that fewer jobs have is read in full before all else is looked up; else columns that fewer have."""
-MANY = 8_000
+MANY = 10_000
 """A label that more jobs have is looked up where there is a column to begin with."""
 
 JOBS, LABELS = table_of(Job), table_of(JobLabel)
