@@ -31,7 +31,7 @@ def weight() -> Tensor:
 
 def alone(w: Tensor, quantize_: Quantize, rank: int, count: int) -> list[Iterate]:
     """Iterates of a batch of one."""
-    return [only for (only,) in iterates(w[None], [quantize_], rank, count, seed=0)]
+    return [only for (only,) in iterates(w[None], quantize_, rank, count, seed=0)]
 
 
 CASES = [
@@ -54,7 +54,7 @@ def test_the_second_half_step_never_raises_the_error_of_its_quantized_weight(
 ) -> None:
     assert isinstance(spec.bits, int)
     w, to = weight().double(), scheme(spec.bits, symmetric=symmetric)
-    found = alone(w, quantizer(spec, to, F32, torch.float64), 4, 6)
+    found = alone(w, quantizer(spec, [to], F32, torch.float64), 4, 6)
     for now in found:
         assert now.error <= now.before
         q = now.quantized.dequantize()
@@ -74,7 +74,7 @@ def test_the_result_is_the_best_iterate() -> None:
     worse = 0
     for name, linear in result.linears.items():
         w = task.linear(name).weight.detach()
-        found = alone(w, quantizer(spec, scheme(2), F32, F32), 4, 12)
+        found = alone(w, quantizer(spec, [scheme(2)], F32, F32), 4, 12)
         assert linear.low_rank is not None
         error = float((w - linear.weight.dequantize() - linear.low_rank.product()).norm())
         assert error == pytest.approx(min(iterate.error for iterate in found), rel=1e-5)
@@ -82,24 +82,32 @@ def test_the_result_is_the_best_iterate() -> None:
     assert worse
 
 
-def test_linears_of_one_shape_in_a_batch_end_as_each_alone() -> None:
-    """With a scheme each; sides longer than those whose decomposition is exact, so that directions are followed."""
+@pytest.mark.parametrize("spec", [LoftQSpec(), LoftQSpec(base="affine")], ids=lambda spec: spec.base)
+@pytest.mark.parametrize("widths", [(2, 3, 4), (3, 3, 3)])
+def test_linears_of_one_shape_in_a_batch_end_as_each_alone(spec: LoftQSpec, widths: tuple[int, ...]) -> None:
+    """With a scheme each, or all of one, whose affine grids are rounded to at once.
+
+    Sides are longer than those whose decomposition is exact, so that directions are followed.
+    """
     w = (
         torch.randn(3, 300, 384, generator=torch.Generator().manual_seed(6))
         * torch.tensor([1.0, 30, 0.1])[:, None, None]
     )
-    quantizers = [quantizer(LoftQSpec(), scheme(bits, 64), F32, F32) for bits in (2, 3, 4)]
-    together = list(iterates(w, quantizers, 16, 3, seed=5))
-    for place, quantize_ in enumerate(quantizers):
-        for batch, (single,) in zip(together, iterates(w[place, None], [quantize_], 16, 3, seed=5), strict=True):
+    schemes = [scheme(bits, 64, symmetric=spec.base != "affine") for bits in widths]
+    together = list(iterates(w, quantizer(spec, schemes, F32, F32), 16, 3, seed=5))
+    for place, own in enumerate(schemes):
+        singles = iterates(w[place, None], quantizer(spec, [own], F32, F32), 16, 3, seed=5)
+        for batch, (single,) in zip(together, singles, strict=True):
             assert batch[place].error == pytest.approx(single.error, rel=1e-4)
+            product = batch[place].quantized.dequantize() + batch[place].left @ batch[place].right
+            assert float((w[place] - product).norm()) == pytest.approx(batch[place].error, rel=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_factors_that_are_followed_are_nearly_the_best_of_every_iterate(bits: int) -> None:
     """Against the singular values in fp64 of what each iterate's own quantized weight leaves."""
     w = torch.randn(288, 320, generator=torch.Generator().manual_seed(4)) @ torch.diag(torch.linspace(0.2, 2, 320))
-    for iterate in alone(w, quantizer(LoftQSpec(), scheme(bits, 64), F32, F32), 24, 5):
+    for iterate in alone(w, quantizer(LoftQSpec(), [scheme(bits, 64)], F32, F32), 24, 5):
         left = torch.linalg.svdvals((w - iterate.quantized.dequantize()).double())[24:].norm()
         assert iterate.error <= float(left) * (1 + 1e-4)
 
@@ -112,7 +120,7 @@ def test_it_equals_the_initialization_of_peft(iterations: int) -> None:
     """
     golden = load_file(GOLDEN)
     w, q, product = golden["weight"], golden[f"q{iterations}"], golden[f"b{iterations}"] @ golden[f"a{iterations}"]
-    last = alone(w, quantizer(LoftQSpec(), scheme(4, 64), F32, F32), 4, iterations)[-1]
+    last = alone(w, quantizer(LoftQSpec(), [scheme(4, 64)], F32, F32), 4, iterations)[-1]
     assert (last.quantized.dequantize() - q).abs().max() < 1e-6 * q.abs().max()
     assert (last.left @ last.right - product).norm() < 1e-5 * product.norm()
     for ours, theirs in ((last.right, golden[f"a{iterations}"]), (last.left.T, golden[f"b{iterations}"].T)):

@@ -44,9 +44,12 @@ from workers.numerics.low_rank import FollowedFactors
 from workers.numerics.normal_float import DoubleQuantization
 from workers.numerics.quantized import AffineWeight, LinearResult, LowRank, QuantizedWeight
 
-Quantize = Callable[[Tensor], QuantizedWeight]
+Quantize = Callable[[Tensor], tuple[list[QuantizedWeight], Tensor]]
+"""Of weights (linears, out, in): each one's codes, and all dequantized, in the dtype of `weights`."""
 BATCH = 1 << 27
 """Weights that are computed together at the most."""
+FIRST_ROUNDS = 2
+"""Of the first decomposition, to 3e-5 of the error on what quantization leaves; the others follow it."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class LoftQ:
         for names in task.of_one_shape(BATCH):
             weights = [task.linear(name).weight for name in names]
             dtype = weights[0].dtype
-            quantizers = [quantizer(spec, task.schemes[name], task.scale_dtype, dtype) for name in names]
+            quantize = quantizer(spec, [task.schemes[name] for name in names], task.scale_dtype, dtype)
             batch = torch.stack([weight.float() for weight in weights])
-            chosen, last = best_iterates(iterates(batch, quantizers, spec.rank, spec.iterations, task.seed))
+            chosen, last = best_iterates(iterates(batch, quantize, spec.rank, spec.iterations, task.seed))
             for name, best in zip(names, chosen, strict=True):
                 low_rank = LowRank.of_product(best.left, best.right, spec.alpha, dtype)
                 results[name] = LinearResult(best.quantized, low_rank)
@@ -91,15 +94,13 @@ def best_iterates(found: Iterable[list[Iterate]]) -> tuple[list[Iterate], int]:
 
 
 @torch.no_grad()
-def iterates(
-    weights: Tensor, quantizers: Sequence[Quantize], rank: int, count: int, seed: int
-) -> Iterator[list[Iterate]]:
-    """Iterates 1 to `count` for each W of a batch (linears, out, in), fp32 or fp64, with a quantizer each."""
+def iterates(weights: Tensor, quantize: Quantize, rank: int, count: int, seed: int) -> Iterator[list[Iterate]]:
+    """Iterates 1 to `count` for each W of a batch (linears, out, in), fp32 or fp64."""
     product, ones = torch.zeros_like(weights), torch.ones_like(weights)
-    factors = FollowedFactors(rank, ones[..., 0], ones[..., 0, :], seed)
+    factors = FollowedFactors(rank, ones[..., 0], ones[..., 0, :], seed, rounds=FIRST_ROUNDS)
     for _ in range(count):
-        quantized = [quantize(w) for quantize, w in zip(quantizers, weights - product, strict=True)]
-        rest = weights - torch.stack([each.dequantize().to(weights.dtype) for each in quantized])
+        quantized, shipped = quantize(weights - product)
+        rest = weights - shipped
         before = torch.linalg.matrix_norm(rest - product)
         left, right = factors.of(rest)
         product = left @ right
@@ -107,12 +108,27 @@ def iterates(
         yield [Iterate(*each) for each in zip(quantized, left, right, *errors, strict=True)]
 
 
-def quantizer(spec: LoftQSpec, scheme: Scheme, scale_dtype: torch.dtype, dtype: torch.dtype) -> Quantize:
-    """The quantizer of Q_t; `dtype` is that of the dequantized weight."""
+def quantizer(spec: LoftQSpec, schemes: Sequence[Scheme], scale_dtype: torch.dtype, dtype: torch.dtype) -> Quantize:
+    """The quantizer of Q_t for linears of some schemes; `dtype` is that of the dequantized weights."""
     if spec.base == "affine":
-        return partial(_round_to_nearest, scheme=scheme, scale_dtype=scale_dtype, dtype=dtype)
-    absmax = DoubleQuantization.of(PRESET_ABSMAX) if spec.double_quantization else scale_dtype
-    return partial(normal_float.quantize, scheme=scheme, absmax=absmax, dtype=dtype)
+        one: Callable[..., QuantizedWeight] = partial(_round_to_nearest, scale_dtype=scale_dtype, dtype=dtype)
+    else:
+        absmax = DoubleQuantization.of(PRESET_ABSMAX) if spec.double_quantization else scale_dtype
+        one = partial(normal_float.quantize, absmax=absmax, dtype=dtype)
+
+    def each(weights: Tensor) -> tuple[list[QuantizedWeight], Tensor]:
+        found = [one(weight, scheme=scheme) for weight, scheme in zip(weights, schemes, strict=True)]
+        return found, torch.stack([weight.dequantize().to(weights.dtype) for weight in found])
+
+    def together(weights: Tensor) -> tuple[list[QuantizedWeight], Tensor]:
+        whole = _round_to_nearest(weights.flatten(0, 1), schemes[0], scale_dtype, dtype)
+        parts = (whole.codes, whole.scale, *(() if whole.zero_point is None else (whole.zero_point,)))
+        split = zip(*(part.unflatten(0, weights.shape[:2]) for part in parts), strict=True)
+        found = [AffineWeight(c, s, *(z or (None,)), schemes[0], dtype) for c, s, *z in split]
+        return [*found], whole.dequantize().to(weights.dtype).view_as(weights)
+
+    # Affine grids know nothing beyond their group; maxima's second level has a number for a whole linear.
+    return together if spec.base == "affine" and len(set(schemes)) == 1 else each
 
 
 def _round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, dtype: torch.dtype) -> AffineWeight:

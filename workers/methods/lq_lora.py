@@ -164,7 +164,7 @@ def decompose(
 ) -> list[Decomposition]:
     """The loop of the module docstring for a batch of weights (linears, out, in), fp32, which end one by one."""
     rows, columns = torch.stack([i.rows for i in information]), torch.stack([i.columns for i in information])
-    factors, rest = FollowedFactors(rank, rows, columns, seed, by_powers=True), weights
+    factors, rest = FollowedFactors(rank, rows, columns, seed, rounds=1, by_powers=True), weights
     going, bases = list(range(len(weights))), dict[int, CodebookWeight]()
     errors: list[list[float]] = [[] for _ in weights]
     for _ in range(iterations):

@@ -209,6 +209,9 @@ class BlockKernels(Protocol):
     def square_error(
         self, parts: Sequence[Tensor], targets: Tensor, index: Tensor, share: float, scaled: float
     ) -> tuple[Tensor, Tensor]: ...
+    def error_gradient(
+        self, parts: Sequence[Tensor], targets: Tensor, index: Tensor, share: float, scaled: float
+    ) -> Tensor: ...
     def take_rows(self, source: Tensor, index: Tensor) -> Tensor: ...
 
 

@@ -77,6 +77,7 @@ class ClippedGroups:
         self.faults = torch.zeros((), dtype=torch.int64, device=self.logits.device)
         self._optimizer = AdamW.of(self.logits)
         self._kernels = clipping_kernels(weight.device, weight.dtype)
+        self._slope = torch.empty_like(start.ranges.low)
         self._settings = GridSettings.of(scheme, scale_dtype)
 
     def write(self, out: Tensor) -> None:
@@ -150,7 +151,7 @@ class ClippedGroups:
         start, kept = self.start, self.kept
         ranges = (start.offset, start.ranges.low, start.ranges.high)
         stored = (kept.codes, kept.scale, kept.zero_point)
-        return ClippedState(self.weight, *ranges, self.logits, self._optimizer, *stored)
+        return ClippedState(self.weight, *ranges, self.logits, self._optimizer, self._slope, *stored)
 
     def _rounded(self, groups: slice) -> tuple[Grid, Tensor]:
         grid = self._grid(groups)

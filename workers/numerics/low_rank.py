@@ -17,11 +17,14 @@ values that fall slowly, of which powers tell the last wanted one from the first
     locked       u_i with theta_i >= 4 theta_k and ||G u_i - theta_i u_i|| <= theta_k/10: they stay as they are
     U_j+1        = 2 (2 G'/theta_k - 1) U_j - U_j-1,    U_1 = (2 G'/theta_k - 1) U_0       G': G beside the locked ones
     degree       most j <= 12 for which T_j of the largest Ritz value that is not locked stays below 1e6
-    space        U_degree and the locked ones, orthonormal by two Cholesky factors of their products in fp64
+    space        U_degree and the locked ones, orthonormal by two Cholesky factors of their products in fp64, the second
+                 one within the Ritz values' own problem
 
 Values up to theta_k stay within [-1, 1] while larger ones grow by T_j, so that a direction x theta_k gains
 (x + sqrt(x^2 - x))^(2j) / 2 on them: at x = 1.1 and degree 6 a factor of 20 where powers have 1.8. Three rounds of new
-matrices, one of matrices near the last ones (`FollowedFactors`); seeded, the same on every device.
+matrices, one of matrices near the last ones (`FollowedFactors`); seeded, the same on every device. What is k wide on
+both sides is solved on the host, in fp64: there an eigenvalue problem of 80 takes a quarter of the time that a GPU's
+library needs for it, which solves those of a batch one after another.
 
 Error, against the least one by fp64 eigenvectors, measured on what 2, 3 and 4 bits leave of SmolLM2-135M's linears at
 rank 64: within 3e-5 after three rounds, within 1e-4 of the next iterates; of 400 x 960 random matrices with a column of
@@ -76,12 +79,22 @@ class FollowedFactors:
 
     The first are those of `weighted_factors`; the leading directions of the last ones are kept, orthonormal.
 
+    rounds      of the first batch: one leaves up to 2e-3 of its error, which the next ones make up for
     by_powers   whether a following batch takes one pass E E^T U instead of a round: less work, and enough where the
                 wanted singular values stand out, as of W - Q while Q is made of W - L R
     """
 
-    def __init__(self, rank: int, rows: Tensor, columns: Tensor, seed: int = 0, *, by_powers: bool = False) -> None:
-        self._rank, self._seed, self._by_powers = rank, seed, by_powers
+    def __init__(
+        self,
+        rank: int,
+        rows: Tensor,
+        columns: Tensor,
+        seed: int = 0,
+        *,
+        rounds: int = ROUNDS,
+        by_powers: bool = False,
+    ) -> None:
+        self._rank, self._seed, self._rounds, self._by_powers = rank, seed, rounds, by_powers
         self._by_row, self._by_column = _divisors(rows, columns)
         self._directions: Tensor | None = None
 
@@ -99,10 +112,10 @@ class FollowedFactors:
 
     def _follow(self, wide: Tensor) -> tuple[Tensor, Tensor]:
         if self._directions is None or _is_exact(wide, self._rank):
-            self._directions = _leading(wide, self._rank, self._seed)
+            self._directions = _leading(wide, self._rank, self._seed, self._rounds)
         elif self._by_powers:
             leading = self._directions[..., : self._rank + FOLLOWED_BESIDES]
-            self._directions = _sorted(_orthonormal(_images(wide, leading)), wide)
+            self._directions = _sorted(_images(wide, leading), wide)
         else:
             self._directions = _round(wide, _Ritz.near(self._directions, wide)).vectors
         return _factors(self._directions[..., : min(self._rank, wide.shape[-2])], wide)
@@ -136,7 +149,7 @@ def _is_exact(wide: Tensor, rank: int) -> bool:
     return wide.shape[-2] <= max(EXACT_UP_TO, rank + BESIDES)
 
 
-def _leading(wide: Tensor, rank: int, seed: int) -> Tensor:
+def _leading(wide: Tensor, rank: int, seed: int, rounds: int = ROUNDS) -> Tensor:
     """Left singular vectors (.., n, k), fp64, the leading first, at least as many as the rank where there are."""
     if _is_exact(wide, rank):
         wide = wide.double()
@@ -144,8 +157,8 @@ def _leading(wide: Tensor, rank: int, seed: int) -> Tensor:
         return vectors
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(wide.shape[-1], rank + BESIDES, generator=generator).to(wide)
-    found = _Ritz.within(_orthonormal(_images(wide, _orthonormal(wide @ start))), wide)
-    for _ in range(ROUNDS):
+    found = _Ritz.within(_images(wide, _conditioned(wide @ start)), wide)
+    for _ in range(rounds):
         found = _round(wide, found)
     return found.vectors
 
@@ -169,13 +182,12 @@ class _Ritz:
     images: Tensor
 
     @classmethod
-    def within(cls, basis: Tensor, wide: Tensor) -> "_Ritz":
-        """Of an orthonormal basis (.., n, k), fp64."""
+    def within(cls, directions: Tensor, wide: Tensor) -> "_Ritz":
+        """Of the space of directions (.., n, k)."""
+        basis = _conditioned(directions)
         images = _images(wide, basis).double()
-        small = basis.mT @ images
-        values, turn = torch.linalg.eigh((small + small.mT) / 2)
-        turn = turn.flip(-1)
-        return cls(basis @ turn, values.flip(-1), images @ turn)
+        values, turn = _ritz_values(basis.mT @ basis, basis.mT @ images)
+        return cls(basis @ turn, values, images @ turn)
 
     @classmethod
     def near(cls, vectors: Tensor, wide: Tensor) -> "_Ritz":
@@ -196,38 +208,57 @@ def _round(wide: Tensor, last: _Ritz) -> _Ritz:
     growth = (2 * largest / least - 1).clamp(min=1 + 1e-9)
     degrees = (acosh(GROWTH) / growth.acosh()).floor().clamp(1, MOST_DEGREE).unsqueeze(-1)
     held, free = locked.unsqueeze(-2), ~locked.unsqueeze(-2)
-    kept, scale = (last.vectors * held).to(wide.dtype), (2 / least).unsqueeze(-1).to(wide.dtype)
-
-    def beside(images: Tensor) -> Tensor:
-        others: Tensor = images - kept @ (kept.mT @ images)
-        return others
-
+    kept, kept_images = ((x * held).to(wide.dtype) for x in (last.vectors, last.images * (2 / least).unsqueeze(-1)))
+    scaled = wide * (2 / least).sqrt().unsqueeze(-1).to(wide.dtype)
     before = (last.vectors * free).to(wide.dtype)
-    now = beside((last.images * free).to(wide.dtype)) * scale - before
-    for degree in range(2, int(degrees.max()) + 1):
-        after = 2 * (beside(_images(wide, now)) * scale - now) - before
-        goes_on = degrees >= degree
-        before, now = torch.where(goes_on, now, before), torch.where(goes_on, after, now)
-    return _Ritz.within(_orthonormal(now + kept), wide)
+    by_scaled = (last.images * free * (2 / least).unsqueeze(-1)).to(wide.dtype)
+    now = by_scaled - kept @ (kept_images.mT @ before) - before
+    lowest, highest = (int(x) for x in torch.stack([degrees.min(), degrees.max()]).tolist())
+    for degree in range(2, highest + 1):
+        images = scaled @ (scaled.mT @ now) - kept @ (kept_images.mT @ now)
+        after = torch.sub(2 * (images - now), before)
+        if degree > lowest:
+            goes_on = degrees >= degree
+            before, now = torch.where(goes_on, now, before), torch.where(goes_on, after, now)
+        else:
+            before, now = now, after
+    return _Ritz.within(now + kept, wide)
 
 
-def _sorted(basis: Tensor, wide: Tensor) -> Tensor:
-    """The Ritz vectors of E E^T within the space of an orthonormal basis (.., n, k), fp64, the leading first."""
+def _sorted(directions: Tensor, wide: Tensor) -> Tensor:
+    """The Ritz vectors of E E^T within the space of directions (.., n, k), fp64, the leading first."""
+    basis = _conditioned(directions)
     small = (basis.to(wide.dtype).mT @ wide).double()
-    vectors: Tensor = basis @ torch.linalg.eigh(small @ small.mT).eigenvectors.flip(-1)
+    vectors: Tensor = basis @ _ritz_values(basis.mT @ basis, small @ small.mT)[1]
     return vectors
 
 
-def _orthonormal(directions: Tensor) -> Tensor:
-    """A basis of the space of directions (.., n, k), fp64, by two Cholesky factors of their products.
-
-    What is added to the first one's diagonal keeps it positive where directions depend on each other.
-    """
+def _conditioned(directions: Tensor) -> Tensor:
+    """A basis of the space of directions (.., n, k), fp64, orthonormal but for what one Cholesky factor leaves."""
     basis: Tensor = directions.double()
     basis = basis / torch.linalg.vector_norm(basis, dim=-2, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    for _ in range(2):
-        products = basis.mT @ basis
-        products.diagonal(dim1=-2, dim2=-1).add_(1e-14 * basis.shape[-1])
-        root = torch.linalg.cholesky_ex(products).L
-        basis = torch.linalg.solve_triangular(root, basis.mT, upper=False).mT
-    return basis
+    products = basis.mT @ basis
+    turned: Tensor = basis @ _inverse_root(products.cpu()).mT.to(basis.device)
+    return turned
+
+
+def _ritz_values(products: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+    """Ritz values (.., k), the largest first, and the Ritz vectors' coordinates (.., k, k) in a basis V.
+
+    products    V^T V, fp64                projected   V^T G V
+    """
+    inverse, small = _inverse_root(products.cpu()), projected.cpu()
+    values, turn = torch.linalg.eigh(inverse @ ((small + small.mT) / 2) @ inverse.mT)
+    return values.flip(-1).to(products.device), (inverse.mT @ turn.flip(-1)).to(products.device)
+
+
+def _inverse_root(products: Tensor) -> Tensor:
+    """L^-1 of products L L^T of directions (.., k, k).
+
+    What is added to their diagonal keeps it positive where directions depend on each other.
+    """
+    products.diagonal(dim1=-2, dim2=-1).add_(1e-14 * products.shape[-1])
+    root = torch.linalg.cholesky_ex(products).L
+    identity = torch.eye(products.shape[-1], dtype=products.dtype)
+    inverse: Tensor = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
+    return inverse

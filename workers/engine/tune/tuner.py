@@ -307,7 +307,7 @@ class _Run:
         self.loss.zero_()
         for rows in torch.split(self.data.held_out, self._measured_at_once):
             parts = self._outputs(rows)
-            self.loss += self._error(parts, rows, len(rows) / (len(self.data.held_out) * self.processes.size))[0]
+            self.loss += self._error(parts, rows, len(rows) / (len(self.data.held_out) * self.processes.size))
 
     @property
     def _measured_at_once(self) -> int:
@@ -331,7 +331,7 @@ class _Run:
     def _add_gradients(self, rows: Tensor, share: float) -> None:
         """Adds the weights' gradients of `share` times the error of some sequences."""
         outputs = self._outputs(rows)
-        _, gradient = self._error(outputs, rows, share)
+        gradient = self._error_gradient(outputs, rows, share)
         trained = [output for output in outputs if output.requires_grad]
         torch.autograd.backward(trained, [gradient] * len(trained))
 
@@ -349,17 +349,26 @@ class _Run:
         return [forward(module, inputs)]
 
     @torch.no_grad()
-    def _error(self, parts: list[Tensor], rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """`share` times the mean squared error of outputs, fp32, and `LOSS_SCALE` times its gradient by them."""
+    def _error(self, parts: list[Tensor], rows: Tensor, share: float) -> Tensor:
+        """`share` times the mean squared error of outputs, fp32."""
+        if self.kernels is not None:
+            return self.kernels.square_error(parts, self.data.targets, rows, share, 1.0)[0]
+        return self._difference(parts, rows).square().mean() * share
+
+    @torch.no_grad()
+    def _error_gradient(self, parts: list[Tensor], rows: Tensor, share: float) -> Tensor:
+        """`LOSS_SCALE` times the gradient of `_error` by the outputs."""
         scaled = LOSS_SCALE.get(parts[0].dtype, 1.0)
         if self.kernels is not None:
-            return self.kernels.square_error(parts, self.data.targets, rows, share, scaled)
+            return self.kernels.error_gradient(parts, self.data.targets, rows, share, scaled)
+        error = self._difference(parts, rows)
+        return error.mul_(2 * share * scaled / error.numel()).to(parts[0].dtype)
+
+    def _difference(self, parts: list[Tensor], rows: Tensor) -> Tensor:
+        """Outputs less targets; in half precision rounded as the outputs are, though squares and their mean are not."""
         (output,) = parts
-        targets = self.data.targets.index_select(0, rows)
-        # In half precision the difference is rounded as the outputs are; squares and their mean are not.
-        error = (output - targets).to(torch.promote_types(output.dtype, torch.float32))
-        loss = error.square().mean() * share
-        return loss, error.mul_(2 * share * scaled / error.numel()).to(output.dtype)
+        error = output - self.data.targets.index_select(0, rows)
+        return error.to(torch.promote_types(output.dtype, torch.float32))
 
     def _measured(self, when: str) -> Number:
         """The loss of the last check; a number of its own on a GPU, where nobody waits for it here."""

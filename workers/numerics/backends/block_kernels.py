@@ -73,14 +73,27 @@ def square_error(
     parts   one or two tensors (batch, ...) whose sum is y      targets (sequences, ...)      index (batch,)
     Not for autograd.
     """
+    sums, gradient = _errors(parts, targets, index, share, scaled)
+    return sums.sum() * (share / gradient.numel()), gradient
+
+
+def error_gradient(parts: Sequence[Tensor], targets: Tensor, index: Tensor, share: float, scaled: float) -> Tensor:
+    """The gradient of `square_error` alone."""
+    return _errors(parts, targets, index, share, scaled)[1]
+
+
+def _errors(
+    parts: Sequence[Tensor], targets: Tensor, index: Tensor, share: float, scaled: float
+) -> tuple[Tensor, Tensor]:
+    """Squares, summed by program, and `scaled` times the gradient of `share` times their mean."""
     first, last = parts[0].contiguous(), parts[-1].contiguous()
     row, gradient = first[0].numel(), torch.empty_like(first)
     sums = torch.empty(len(first), triton.cdiv(row, ROW_ELEMENTS), dtype=torch.float32, device=first.device)
-    factor = share / first.numel()
+    factor = share / first.numel() * 2 * scaled
     _square_error[tuple(sums.shape)](
-        first, last, targets, index, gradient, sums, row, factor * 2 * scaled, ADDED=len(parts) > 1, BLOCK=ROW_ELEMENTS
+        first, last, targets, index, gradient, sums, row, factor, ADDED=len(parts) > 1, BLOCK=ROW_ELEMENTS
     )
-    return sums.sum() * factor, gradient
+    return sums, gradient
 
 
 def take_rows(source: Tensor, index: Tensor) -> Tensor:

@@ -18,7 +18,17 @@ from workers.numerics.loops import blocks as loops
 from workers.numerics.loops.numbers import array
 from workers.numerics.loops.threads import over_rows
 
-__all__ = ["add_rms_norm", "apply_rope", "attend", "gelu_mul", "rms_norm", "silu_mul", "square_error", "take_rows"]
+__all__ = [
+    "add_rms_norm",
+    "apply_rope",
+    "attend",
+    "error_gradient",
+    "gelu_mul",
+    "rms_norm",
+    "silu_mul",
+    "square_error",
+    "take_rows",
+]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_twice: bool = True) -> Tensor:
@@ -62,18 +72,33 @@ def square_error(
     """`block_operators.square_error`"""
     if not _are_loops(*parts, targets) or targets.dtype != parts[0].dtype:
         return block_operators.square_error(parts, targets, index, share, scaled)
+    squares = torch.empty(parts[0].shape[:-1].numel())
+    error = _errors(parts, targets, index, 2 * share * scaled, squares)
+    return squares.sum() * (share / error.numel()), error
+
+
+def error_gradient(parts: Sequence[Tensor], targets: Tensor, index: Tensor, share: float, scaled: float) -> Tensor:
+    """`block_operators.error_gradient`"""
+    if not _are_loops(*parts, targets) or targets.dtype != parts[0].dtype:
+        return block_operators.error_gradient(parts, targets, index, share, scaled)
+    return _errors(parts, targets, index, 2 * share * scaled, None)
+
+
+def _errors(parts: Sequence[Tensor], targets: Tensor, index: Tensor, share: float, squares: Tensor | None) -> Tensor:
+    """`share` over the count of them times y - targets[index]; the differences' squares, summed by row."""
     part, error = parts[0], torch.empty_like(parts[0])
-    squares = torch.empty(part.shape[:-1].numel())
     given = _rows(part), _rows(parts[-1]), len(parts) == 2, _rows(targets), index.numpy(), part.shape[1]
-    rows, total, factor = _rows(error), array(squares), np.float32(2 * share * scaled / part.numel())
+    rows, factor = _rows(error), np.float32(share / part.numel())
+    total = None if squares is None else array(squares)
 
     def compared(first: int, end: int) -> None:
         loops.errors(first, end, *given, rows)
-        loops.squares(first, end, rows, total)
+        if total is not None:
+            loops.squares(first, end, rows, total)
         loops.scale(first, end, rows, factor)
 
     _over(part, compared)
-    return squares.sum() * (share / part.numel()), error
+    return error
 
 
 class _RMSNorm(torch.autograd.Function):

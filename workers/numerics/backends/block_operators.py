@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from workers.numerics.causal_attention import attend
 
-__all__ = ["add_rms_norm", "apply_rope", "attend", "gelu_mul", "rms_norm", "silu_mul", "square_error", "take_rows"]
+__all__ = [
+    "add_rms_norm",
+    "apply_rope",
+    "attend",
+    "error_gradient",
+    "gelu_mul",
+    "rms_norm",
+    "silu_mul",
+    "square_error",
+    "take_rows",
+]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_twice: bool = True) -> Tensor:
@@ -65,10 +75,21 @@ def square_error(
     parts   one or two tensors (batch, ...) whose sum is y      targets (sequences, ...)      index (batch,)
     Not for autograd. The difference is rounded as y is; squares and their sum are not.
     """
-    targets = targets.index_select(0, index)
-    error = parts[0] - targets if len(parts) == 1 else (parts[0] + parts[1]).sub_(targets)
+    error = _errors(parts, targets, index)
     loss = _lengths(error).square().sum() * (share / error.numel())
     return loss, error.mul_(2 * share * scaled / error.numel())
+
+
+def error_gradient(parts: Sequence[Tensor], targets: Tensor, index: Tensor, share: float, scaled: float) -> Tensor:
+    """The gradient of `square_error` alone."""
+    error = _errors(parts, targets, index)
+    return error.mul_(2 * share * scaled / error.numel())
+
+
+def _errors(parts: Sequence[Tensor], targets: Tensor, index: Tensor) -> Tensor:
+    """y - targets[index], rounded as y is, new."""
+    targets = targets.index_select(0, index)
+    return parts[0] - targets if len(parts) == 1 else (parts[0] + parts[1]).sub_(targets)
 
 
 def take_rows(source: Tensor, index: Tensor) -> Tensor:

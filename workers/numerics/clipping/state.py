@@ -14,6 +14,7 @@ class ClippedState:
     weight            the model's dtype                           offset   V, fp32, or None for 0
     low, high         fp32 (count,), the ranges at the start      logits   fp32 (2, count): beta, then gamma
     optimizer         of the logits; its count is that of the steps done
+    slope             fp32 (count,), room for dL/ds of a step
     codes, zero       uint8, of the kept result                   scale    the dtype that stores scales
     """
 
@@ -23,6 +24,7 @@ class ClippedState:
     high: Tensor
     logits: Tensor
     optimizer: AdamW
+    slope: Tensor
     codes: Tensor
     scale: Tensor
     zero: Tensor
