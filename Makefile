@@ -59,7 +59,7 @@ test-chaos-hosts: $(VENV)/.test $(BUCKET)/.installed ## The chaos on three hosts
 	BITWRIGHT_TEST_S3='$(abspath $(BUCKET))/bin/moto_server' BITWRIGHT_TEST_CHAOS_SEED='$(SEED)' BITWRIGHT_TEST_CHAOS_FAULTS='$(FAULTS)' BITWRIGHT_TEST_CHAOS_JOBS='$(JOBS)' $(BIN)/python -m pytest -s -m slow tests/chaos/test_chaos.py -k hosts $(ARGS)
 
 test-image: $(VENV)/.test ## Run the Dockerfile's steps for the API's image in folders, and use what they leave (installs from the index)
-	BITWRIGHT_TEST_IMAGE=1 $(BIN)/python -m pytest -m slow tests/test_image_steps.py $(ARGS)
+	BITWRIGHT_TEST_IMAGE=1 $(BIN)/python -m pytest -m slow tests/deployment/test_image_steps.py $(ARGS)
 
 test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)

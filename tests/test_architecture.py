@@ -8,6 +8,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,8 @@ GATHERING = frozenset(
 """Dataclasses whose fields change while they are used. All others are values, and frozen."""
 LONGEST_FILE = 500
 """Lines. About 300 is the guide, judged in review; a file that passes this limit has two subjects."""
+FULLEST_FOLDER = 20
+"""Modules beside `__init__`: as many as are read at one look. A folder that passes this limit has two subjects."""
 
 
 def relative(path: Path) -> str:
@@ -272,6 +275,11 @@ def test_dataclasses_are_frozen_but_those_that_gather() -> None:
 def test_no_file_has_two_subjects() -> None:
     lengths = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in ALL_PYTHON}
     assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE} == {}
+
+
+def test_no_folder_has_more_modules_than_are_read_at_one_look() -> None:
+    counts = Counter(relative(path.parent) for path in ALL_PYTHON if path.name != "__init__.py")
+    assert {folder: count for folder, count in counts.items() if count > FULLEST_FOLDER} == {}
 
 
 def test_widths_of_groups_are_computed_in_schemes_alone() -> None:

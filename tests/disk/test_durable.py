@@ -21,7 +21,7 @@ from bitwright.files.downloads import PartialFile, ignore_bytes
 from bitwright.views import ArtifactView
 from tests.documentation import ROOT
 from tests.power_cut import PowerCut
-from tests.supervise.test_sources import Bucket
+from tests.supervise.attempt.test_sources import Bucket
 from workers.disk.durable import replace_file, sync_tree
 from workers.formats.shards import ShardWriter
 
@@ -93,7 +93,7 @@ WHOLE: dict[str, Callable[[Path], None]] = {
 }
 """If the name is there, so are the bytes; without the name it is made again."""
 ELSEWHERE = {"workers/supervise/attempt/base_job.py::base_job_folder"}
-"""Tested beside its other promises, in `tests/supervise/test_base_job.py`."""
+"""Tested beside its other promises, in `tests/supervise/attempt/test_base_job.py`."""
 UNPROMISED = {
     "app/store/blobs.py::_moved",  # to a name that nobody looks for, under which it is hashed and synced
     "workers/disk/hub_cache.py::_take_away",  # the folder is about to be deleted

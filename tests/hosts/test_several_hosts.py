@@ -16,12 +16,12 @@ import httpx
 import pytest
 
 from bitwright.job_states import JobStatus
+from tests.deployment.source_copy import copy_source
 from tests.e2e.conftest import train
 from tests.e2e.installation import Installation
 from tests.e2e.real_job import TEXT, blocks_computed, wait_until_quantizing
 from tests.hosts.cluster import API_PORT, APIS, S3, WORKERS, Hosts, cluster
 from tests.hosts.namespaces import missing
-from tests.source_copy import copy_source
 from tests.supervise.bench import wait_for
 
 BLOCKS = 8

@@ -7,8 +7,8 @@ from textwrap import indent
 
 import pytest
 
+from tests.deployment.source_copy import copy_source, python
 from tests.documentation import ROOT
-from tests.source_copy import copy_source, python
 
 SUITES = (
     "tests/conformance/test_methods.py",

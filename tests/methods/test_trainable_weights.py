@@ -17,7 +17,7 @@ from workers.methods.apiq import corrected_weights
 from workers.methods.omniquant import ClippedWeights
 from workers.methods.sign_round import RoundedWeights
 from workers.numerics import learned_ranges
-from workers.numerics.backends import rounding_operators
+from workers.numerics.backends.rounding import rounding_operators
 from workers.numerics.quantized import LinearResult
 
 W3 = Scheme(bits=3, group_size=16, symmetric=False)

@@ -15,7 +15,7 @@ from workers.numerics.affine import (
     range_factors,
     round_to_grid,
 )
-from workers.numerics.backends.rounding_operators import Groups
+from workers.numerics.backends.rounding.rounding_operators import Groups
 from workers.numerics.learned_ranges import steps
 
 

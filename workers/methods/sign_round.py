@@ -17,7 +17,7 @@ Rounding passes gradients straight through. With D = dL/dw_hat and m = [q was no
 | symbol | variable | shape |
 |---|---|---|
 | w | `weight` | (groups, G), the model's dtype: the groups of all linears of one scheme, one after another |
-| V | `offset` | (groups, G), fp32; on a GPU int16 in multiples of lr/T (`workers.numerics.backends.rounding_kernels`) |
+| V | `offset` | (groups, G), fp32; on a GPU int16 in multiples of lr/T (`backends/rounding/rounding_kernels.py`) |
 | alpha, beta | `alpha`, `beta` | (groups,), fp32 |
 | lo, hi | `ranges` | (groups,), fp32 |
 | D | `gradient` | (groups, G), the model's dtype |
@@ -59,7 +59,7 @@ from workers.contracts.results import BlockResult
 from workers.contracts.tuning import Gradients, TuningSettings
 from workers.numerics.affine import GroupRange, round_to_grid
 from workers.numerics.backend import block_rounding_kernels, float_rounding_kernels, rounding_kernels
-from workers.numerics.backends.rounding_operators import GridSettings, Groups
+from workers.numerics.backends.rounding.rounding_operators import GridSettings, Groups
 from workers.numerics.blocks.search import search_blocks
 from workers.numerics.blocks.tuned_blocks import TunedBlocks
 from workers.numerics.blocks.warm_up import block_warm_ups

@@ -20,19 +20,13 @@ from app.domain.methods.block_types import BlockType
 from app.domain.methods.named_schemes import Element
 from workers.numerics import loops
 from workers.numerics.adamw import AdamW
-from workers.numerics.backends import (
-    block_operators,
-    block_rounding_operators,
-    column_operators,
-    float_rounding_operators,
-    place_operators,
-    rounding_operators,
-)
-from workers.numerics.backends.block_rounding_operators import BlockGroups
+from workers.numerics.backends import block_operators, column_operators, place_operators
 from workers.numerics.backends.column_operators import Columns, IntegerGrid, LevelGrid
-from workers.numerics.backends.float_rounding_operators import FloatGroups
 from workers.numerics.backends.place_operators import Places
-from workers.numerics.backends.rounding_operators import GridSettings, Groups
+from workers.numerics.backends.rounding import block_rounding_operators, float_rounding_operators, rounding_operators
+from workers.numerics.backends.rounding.block_rounding_operators import BlockGroups
+from workers.numerics.backends.rounding.float_rounding_operators import FloatGroups
+from workers.numerics.backends.rounding.rounding_operators import GridSettings, Groups
 from workers.numerics.backends.trial import triton_fault
 from workers.numerics.blocks.axis import BlockAxis
 from workers.numerics.clipping.factor_places import FactorPlaces
@@ -45,7 +39,7 @@ log = structlog.get_logger(__name__)
 
 
 class RoundingKernels(Protocol):
-    """The fake quantizer of SignRound; `workers.numerics.backends.rounding_operators` describes the functions."""
+    """The fake quantizer of SignRound; `workers.numerics.backends.rounding.rounding_operators` describes it."""
 
     def offset_unit(self, steps: int, learning_rate: float) -> float | None: ...
     def write(self, groups: Groups, settings: GridSettings, w_hat: Tensor) -> None: ...
@@ -90,7 +84,7 @@ class FloatRoundingKernels(Protocol):
 
 
 class BlockRoundingKernels(Protocol):
-    """The same on llama.cpp's types; `workers.numerics.backends.block_rounding_operators` describes the functions."""
+    """The same on llama.cpp's types; `workers.numerics.backends.rounding.block_rounding_operators` describes it."""
 
     def write(self, groups: BlockGroups, axis: BlockAxis, w_hat: Tensor) -> None: ...
     def step(
@@ -354,7 +348,7 @@ def compiled_block_kernels() -> CompiledBlockKernels:
 
 @cache
 def _rounding_kernels() -> RoundingKernels:
-    from workers.numerics.backends import rounding_kernels as kernels  # noqa: PLC0415 - Triton
+    from workers.numerics.backends.rounding import rounding_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
 
@@ -368,21 +362,21 @@ def _block_loops() -> BlockKernels:
 
 @cache
 def _rounding_loops() -> RoundingKernels:
-    from workers.numerics.backends import rounding_loops as kernels  # noqa: PLC0415 - Numba
+    from workers.numerics.backends.rounding import rounding_loops as kernels  # noqa: PLC0415 - Numba
 
     return kernels
 
 
 @cache
 def _float_rounding_kernels() -> FloatRoundingKernels:
-    from workers.numerics.backends import float_rounding_kernels as kernels  # noqa: PLC0415 - Triton
+    from workers.numerics.backends.rounding import float_rounding_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
 
 
 @cache
 def _block_rounding_kernels() -> BlockRoundingKernels:
-    from workers.numerics.backends import block_rounding_kernels as kernels  # noqa: PLC0415 - Triton
+    from workers.numerics.backends.rounding import block_rounding_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
 

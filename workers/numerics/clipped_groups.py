@@ -18,7 +18,7 @@ from app.domain.methods import Scheme
 from workers.numerics.adamw import AdamW
 from workers.numerics.affine import Grid, GroupRange, affine_grid, round_to_grid
 from workers.numerics.backend import clipping_kernels
-from workers.numerics.backends.rounding_operators import GridSettings
+from workers.numerics.backends.rounding.rounding_operators import GridSettings
 from workers.numerics.clipping.state import ClippedState
 from workers.numerics.learned_ranges import Kept, chunks, range_gradients, steps, working_dtype
 from workers.numerics.quantized import AffineWeight

@@ -16,7 +16,7 @@ from torch import Tensor
 from app.domain.methods import Form, Scheme
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.backend import rounding_kernels
-from workers.numerics.backends.rounding_operators import GridSettings
+from workers.numerics.backends.rounding.rounding_operators import GridSettings
 from workers.numerics.blocks.search import search_blocks
 from workers.numerics.floats import float_grids
 from workers.numerics.quantized import AffineWeight, QuantizedWeight

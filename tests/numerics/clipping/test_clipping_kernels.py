@@ -120,7 +120,7 @@ def test_gradients_that_are_not_finite_move_nothing_and_nan_is_counted() -> None
 
 
 def test_warm_ups_compile_what_jobs_launch() -> None:
-    from workers.numerics.backends.rounding_operators import GridSettings
+    from workers.numerics.backends.rounding.rounding_operators import GridSettings
 
     settings = GridSettings.of(Scheme(bits=4, group_size=16, symmetric=True), torch.bfloat16)
     for call in kernels.warm_ups(16, settings, torch.bfloat16, torch.bfloat16, torch.device(DEVICE)):

@@ -24,8 +24,8 @@ from app.domain.methods.block_types import BlockType
 from app.domain.methods.named_schemes import Element
 from workers.numerics.affine import SMALLEST_SCALE
 from workers.numerics.backends.column_operators import COLUMNS, Columns, IntegerGrid, LevelGrid
-from workers.numerics.backends.float_rounding_kernels import _unclamped, _value
-from workers.numerics.backends.rounding_kernels import STORED, TO_NEAREST, _grid
+from workers.numerics.backends.rounding.float_rounding_kernels import _unclamped, _value
+from workers.numerics.backends.rounding.rounding_kernels import STORED, TO_NEAREST, _grid
 from workers.numerics.blocks.levels import codes_of, levels_by_halves
 from workers.numerics.floats.elements import LAST_INDEX
 

@@ -5,8 +5,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from workers.numerics.backends import block_loops, rounding_loops
-from workers.numerics.backends.rounding_operators import GridSettings, Groups
+from workers.numerics.backends import block_loops
+from workers.numerics.backends.rounding import rounding_loops
+from workers.numerics.backends.rounding.rounding_operators import GridSettings, Groups
 from workers.numerics.product_dtype import product_dtype
 
 DTYPES = (torch.bfloat16,)

@@ -1,7 +1,7 @@
 """Linears in a block type of llama.cpp's whose rounding is learned by the signs of gradients.
 
 What SignRound hands to the tuning loop for these schemes: the tensors, their start and the kept result; the formulas
-are in `workers.numerics.backends.block_rounding_operators`.
+are in `workers.numerics.backends.rounding.block_rounding_operators`.
 
 The start is a quantized weight: its grid and its codes. Factors, offsets and their codes stay, so that what is tuned is
 what a file stores, to the bit.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workers.numerics.backend import block_rounding_kernels
-from workers.numerics.backends.block_rounding_operators import BlockGroups
+from workers.numerics.backends.rounding.block_rounding_operators import BlockGroups
 from workers.numerics.blocks.axis import BlockAxis, start_of
 from workers.numerics.learned_ranges import working_dtype
 from workers.numerics.quantized import BlockWeight, LinearResult, Number

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.numerics.adamw import AdamW
-from workers.numerics.backends.rounding_kernels import _stored
+from workers.numerics.backends.rounding.rounding_kernels import _stored
 from workers.numerics.clipping.factor_places import ALIGNED, TILE, FactorPlaces
 from workers.numerics.clipping.kernels import adamw
 

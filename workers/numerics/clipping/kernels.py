@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.numerics.adamw import BETAS, EPSILON, AdamW
-from workers.numerics.backends.rounding_kernels import STORED, _codes, _grid, _programs, _stored
-from workers.numerics.backends.rounding_operators import GridSettings
+from workers.numerics.backends.rounding.rounding_kernels import STORED, _codes, _grid, _programs, _stored
+from workers.numerics.backends.rounding.rounding_operators import GridSettings
 from workers.numerics.clipping.state import ClippedState
 
 SECOND = tl.constexpr(BETAS[1])

@@ -1,7 +1,7 @@
 """Linears on a floating-point grid whose rounding is learned by the signs of gradients, scales fixed.
 
 What SignRound hands to the tuning loop for the schemes of e2m1 and e4m3: the tensors, their start and the kept result;
-the formulas are in `workers.numerics.backends.float_rounding_operators`.
+the formulas are in `workers.numerics.backends.rounding.float_rounding_operators`.
 
 Scales are the best that can be stored (`float_grids.searched`) and stay so. Tuned along with V, as
 those of integers are, they do harm: a group of 16 has little say in its scale's gradient, and a step of it moves all of
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from workers.numerics.backend import float_rounding_kernels
-from workers.numerics.backends.float_rounding_operators import FloatGroups
+from workers.numerics.backends.rounding.float_rounding_operators import FloatGroups
 from workers.numerics.floats import float_grids
 from workers.numerics.floats.elements import element_of
 from workers.numerics.learned_ranges import working_dtype

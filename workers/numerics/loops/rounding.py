@@ -1,4 +1,4 @@
-"""Loops of SignRound's fake quantizer; `workers.numerics.backends.rounding_loops` calls them.
+"""Loops of SignRound's fake quantizer; `workers.numerics.backends.rounding.rounding_loops` calls them.
 
 Arrays are (groups, G), or (groups,) for what a group has one of; each loop takes groups `first` to `end`. A loop reads
 and writes each number once, where torch's operators go through memory once for each step of a formula. Sums over a
@@ -140,7 +140,7 @@ def least_symmetric(
     high: Any,
 ) -> None:
     """low, high (groups,): the symmetric range with the least weighted error, of `factors` times the full one and both
-    signs of the scale, as `workers.numerics.backends.rounding_operators.search_range` tries them.
+    signs of the scale, as `workers.numerics.backends.rounding.rounding_operators.search_range` tries them.
 
     stored_as   an array of the dtype that stores scales
     """

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.numerics.affine import ASYMMETRIC_FACTORS, SMALLEST_FACTOR, SYMMETRIC_FACTORS
-from workers.numerics.backends.rounding_operators import GridSettings, Groups
+from workers.numerics.backends.rounding.rounding_operators import GridSettings, Groups
 
 PROGRAM_ELEMENTS = 1024
 """Weights that a program handles; at least one group. Eight per thread: more take so many registers that too few
@@ -75,7 +75,7 @@ def keep(groups: Groups, settings: GridSettings, better: Tensor) -> None:
 def search_range(
     weight: Tensor, second_moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`workers.numerics.backends.rounding_operators.search_range` in one pass: low and high, fp32 (groups,).
+    """`workers.numerics.backends.rounding.rounding_operators.search_range` in one pass: low and high, fp32 (groups,).
 
     weight           (groups, G), contiguous
     second_moments   fp32 (columns // G, G), of the linear's input columns; its rows of groups repeat in this order

@@ -2,7 +2,7 @@
 
 `_round_blocks` computes any of STEP (places moved by the signs of their gradients), WRITE (w_hat) and KEEP (codes
 stored where a flag on the device says so), in fp32; formulas are in
-`workers.numerics.backends.block_rounding_operators`, whose functions these are, with its bits.
+`workers.numerics.backends.rounding.block_rounding_operators`, whose functions these are, with its bits.
 
 The interpreter runs the same code on a CPU (TRITON_INTERPRET=1); there the tests compare it with the plain one.
 """
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from app.domain.methods.block_types import ODD_LEVELS, BlockType
-from workers.numerics.backends.block_rounding_operators import BlockGroups
 from workers.numerics.backends.column_kernels import _to_whole
-from workers.numerics.backends.rounding_kernels import _sign, _stored
+from workers.numerics.backends.rounding.block_rounding_operators import BlockGroups
+from workers.numerics.backends.rounding.rounding_kernels import _sign, _stored
 from workers.numerics.blocks.axis import BlockAxis
 from workers.numerics.blocks.levels import QUAD, level_table, neighbours
 

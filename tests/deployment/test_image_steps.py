@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from tests.deployment.test_deployment import STAGES, last
 from tests.documentation import ROOT
 from tests.servers import free_port
-from tests.test_deployment import STAGES, last
 
 HERE = "BITWRIGHT_TEST_IMAGE"
 """Variable that says that steps may install from the network."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.numerics.backends.rounding_operators import CACHED_ELEMENTS, CHUNK_ELEMENTS
+from workers.numerics.backends.rounding.rounding_operators import CACHED_ELEMENTS, CHUNK_ELEMENTS
 from workers.numerics.blocks.axis import BlockAxis
 
 

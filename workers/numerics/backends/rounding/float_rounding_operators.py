@@ -8,7 +8,7 @@ factor of a group:
 
 so that V in [-1/2, 1/2] reaches the next value everywhere, where a shift of w / s would move a weight between 4 and 6
 by a quarter of a step. Weights are processed in chunks that stay in a CPU's cache.
-`workers.numerics.backends.float_rounding_kernels` has the same in Triton.
+`workers.numerics.backends.rounding.float_rounding_kernels` has the same in Triton.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods.named_schemes import Element
-from workers.numerics.backends.rounding_operators import CACHED_ELEMENTS, CHUNK_ELEMENTS
+from workers.numerics.backends.rounding.rounding_operators import CACHED_ELEMENTS, CHUNK_ELEMENTS
 from workers.numerics.floats.elements import LAST_INDEX, code_of_index, from_index, to_index
 
 LIMIT = 0.5

@@ -1,5 +1,5 @@
 """The fake quantizer in compiled loops, on a CPU, for weights that fp32 holds; functions and results of
-`workers.numerics.backends.rounding_operators`, but for the order of sums over a group.
+`workers.numerics.backends.rounding.rounding_operators`, but for the order of sums over a group.
 
 What a group has one of is left to torch's operators, as there: it is a small part of the numbers.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.numerics.affine import SYMMETRIC_FACTORS, Grid, GroupRange, range_factors
-from workers.numerics.backends.rounding_operators import (
+from workers.numerics.backends.rounding.rounding_operators import (
     Bound,
     GridSettings,
     Groups,

@@ -1,8 +1,8 @@
 """Triton kernels of the fake quantizer on floating-point grids: one pass over a block's weights.
 
 `_round_floats` computes any of STEP (V moved by the signs of its gradients), WRITE (w_hat) and KEEP (codes stored where
-a flag on the device says so), in fp32; formulas are in `workers.numerics.backends.float_rounding_operators`, whose
-functions these are. Divisions and roundings are those of IEEE, so that codes equal the plain ones.
+a flag on the device says so), in fp32; formulas are in
+`workers.numerics.backends.rounding.float_rounding_operators`, whose functions these are. Divisions and roundings are those of IEEE, so that codes equal the plain ones.
 
 The interpreter runs the same code on a CPU (TRITON_INTERPRET=1); there the tests compare it with the plain one.
 """
@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from app.domain.methods.named_schemes import Element
-from workers.numerics.backends.float_rounding_operators import LIMIT, FloatGroups
-from workers.numerics.backends.rounding_kernels import TO_NEAREST, _sign, _stored
+from workers.numerics.backends.rounding.float_rounding_operators import LIMIT, FloatGroups
+from workers.numerics.backends.rounding.rounding_kernels import TO_NEAREST, _sign, _stored
 from workers.numerics.floats.elements import LAST_INDEX, SIGN
 
 PROGRAM_ELEMENTS = 1024

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import BLOCK_SCHEMES, Scheme, SchemeName
-from workers.numerics.backends import block_rounding_operators as operators
+from workers.numerics.backends.rounding import block_rounding_operators as operators
 from workers.numerics.blocks.search import search_blocks
 from workers.numerics.blocks.tuned_blocks import TunedBlocks
 from workers.numerics.quantized import BlockWeight
@@ -103,7 +103,7 @@ def test_sub_blocks_without_a_factor_do_not_move() -> None:
 
 @pytest.mark.parametrize("name", ["q2_k", "q3_k", "iq4_nl", "iq3_s"])
 def test_kernels_give_the_bits_of_the_plain_steps(name: str) -> None:
-    kernels = pytest.importorskip("workers.numerics.backends.block_rounding_kernels")
+    kernels = pytest.importorskip("workers.numerics.backends.rounding.block_rounding_kernels")
     weight = start(SchemeName(name))[0].bfloat16().to(DEVICE)
     made, yes = search_blocks(weight, Scheme.named(SchemeName(name))), torch.tensor(True, device=DEVICE)
     runs = []

@@ -12,10 +12,10 @@ from app.domain.methods import Scheme
 from tests.numerics import plain_rounding
 from workers.methods.sign_round import RoundedWeights, signed_step
 from workers.numerics.affine import GroupRange
-from workers.numerics.backends import rounding_operators
-from workers.numerics.backends.rounding_operators import GridSettings
+from workers.numerics.backends.rounding import rounding_operators
+from workers.numerics.backends.rounding.rounding_operators import GridSettings
 
-kernels = pytest.importorskip("workers.numerics.backends.rounding_kernels")
+kernels = pytest.importorskip("workers.numerics.backends.rounding.rounding_kernels")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = (1, 5, 16, 32, 48, 64, 100, 128)

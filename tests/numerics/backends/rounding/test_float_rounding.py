@@ -8,8 +8,8 @@ from torch import Tensor
 
 from app.domain.methods import Scheme, SchemeName
 from app.domain.methods.named_schemes import Element
-from workers.numerics.backends import float_rounding_operators as plain
-from workers.numerics.backends.float_rounding_operators import FloatGroups
+from workers.numerics.backends.rounding import float_rounding_operators as plain
+from workers.numerics.backends.rounding.float_rounding_operators import FloatGroups
 from workers.numerics.floats.tuned_floats import TunedFloats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,7 +97,7 @@ def groups(seed: int, element: Element, width: int, magnitude: float, dtype: tor
 def test_kernels_give_the_bits_of_the_plain_steps(
     seed: int, element: Element, width: int, magnitude: float, dtype: torch.dtype
 ) -> None:
-    kernels = pytest.importorskip("workers.numerics.backends.float_rounding_kernels")
+    kernels = pytest.importorskip("workers.numerics.backends.rounding.float_rounding_kernels")
     ours, other = (groups(seed, element, width, magnitude, dtype) for _ in range(2))
     gradient = torch.randn(37, width, device=DEVICE).to(dtype)
     gradient[2, 0] = float("nan")
