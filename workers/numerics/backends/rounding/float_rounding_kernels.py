@@ -2,7 +2,8 @@
 
 `_round_floats` computes any of STEP (V moved by the signs of its gradients), WRITE (w_hat) and KEEP (codes stored where
 a flag on the device says so), in fp32; formulas are in
-`workers.numerics.backends.rounding.float_rounding_operators`, whose functions these are. Divisions and roundings are those of IEEE, so that codes equal the plain ones.
+`workers.numerics.backends.rounding.float_rounding_operators`, whose functions these are. Divisions and roundings are
+those of IEEE, so that codes equal the plain ones.
 
 The interpreter runs the same code on a CPU (TRITON_INTERPRET=1); there the tests compare it with the plain one.
 """

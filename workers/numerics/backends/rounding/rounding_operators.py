@@ -1,7 +1,8 @@
 """The fake quantizer in torch's operators, for any device and dtype; on a CPU in as few passes as possible.
 
 The functions are those of `workers.numerics.backends.rounding.rounding_kernels`, which has Triton's, with the same
-arguments and results; formulas and symbols are in `workers.methods.sign_round`. Arithmetic is in the offsets' dtype, fp32 or fp64.
+arguments and results; formulas and symbols are in `workers.methods.sign_round`. Arithmetic is in the offsets' dtype,
+fp32 or fp64.
 
 Weights are processed in chunks whose buffers stay in a CPU's cache and are reused for every chunk. No truth values are
 computed from weights: on a CPU an operator that returns or takes them costs as much as five others. So m is applied by
