@@ -6,7 +6,8 @@
 3  the service cannot be reached
 """
 
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -18,6 +19,7 @@ from bitwright.errors import BitwrightError, InputError, RequestError, Unavailab
 
 EXIT_FAILED, EXIT_BAD_REQUEST, EXIT_UNREACHABLE = 1, 2, 3
 EXIT_INTERRUPTED = 130
+DISTRIBUTIONS = ("bitwright", "bitwright-service")
 
 
 def exit_code(error: BitwrightError) -> int:
@@ -59,8 +61,37 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+)
+
+
+def installed() -> str:
+    """Versions of what is installed here, a line each: the client, and the service if it is."""
+    lines = []
+    for name in DISTRIBUTIONS:
+        try:
+            lines.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return "\n".join(lines)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(installed())
+        raise typer.Exit
+
+
+@app.callback(
     help="Quantization as a service: submit a language model, get back a checkpoint that simply loads.",
 )
+def bitwright(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
 app.command()(submit.submit)
 app.command()(check.check)
 app.command()(watch.watch)

@@ -32,6 +32,13 @@ def submit(
     ] = None,
     method: Annotated[str | None, typer.Option(help="Method or recipe: see `bitwright methods`.")] = None,
     bits: Annotated[int | None, typer.Option(help="Width of a weight, 2 to 8.")] = None,
+    average_bits: Annotated[
+        float | None, typer.Option(help="In place of bits: the mean of widths that the job chooses, e.g. 2.75.")
+    ] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="In place of bits and groups: a number format or llama.cpp type, e.g. fp8, nvfp4, q4_k."),
+    ] = None,
     at_most_kl: Annotated[
         float | None, typer.Option(help="In place of bits: the smallest result this close, nats per token.")
     ] = None,
@@ -49,7 +56,9 @@ def submit(
     steps: Annotated[int | None, typer.Option(help="Tuning steps per block.")] = None,
     scale_steps: Annotated[int | None, typer.Option(help="Steps that tune all scales together; 0: none.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the adapter, or of the method's low-rank factors.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Kind of adapter to train: see GET /v1/methods.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Kind of adapter to train, e.g. lora; a recipe names it itself.")
+    ] = None,
     merge: Annotated[str | None, typer.Option(help="Put the adapter into the weights: quantized or 16bit.")] = None,
     train: Annotated[
         str | None, typer.Option(help="Text that an adapter learns: Hub id, upload, or JSONL, which is sent.")
@@ -74,15 +83,18 @@ def submit(
     seeds: Annotated[int | None, typer.Option(help="Draws of the evaluation text.")] = None,
     evaluation: Annotated[bool, typer.Option("--evaluation/--no-evaluation", help="Measure before and after.")] = True,
     ignore: Annotated[list[str] | None, typer.Option(help="Pattern of linears to leave as they are.")] = None,
-    override: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS for the linears that match.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=BITS or PATTERN=SCHEME for the linears that match.")
+    ] = None,
     embeddings: Annotated[str | None, typer.Option(help="Bits of the embeddings, or a scheme by name.")] = None,
     head: Annotated[str | None, typer.Option(help="The same of the output head.")] = None,
     format: Annotated[
-        list[str] | None, typer.Option("--format", help="Checkpoint format; see GET /v1/formats.")
+        list[str] | None, typer.Option("--format", help="Checkpoint format: see `bitwright formats`.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same request and seed: same codes.")] = None,
     device: Annotated[str | None, typer.Option(help="any, cpu or cuda.")] = None,
     priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
+    time_limit: Annotated[int | None, typer.Option(help="Seconds after which an attempt fails.")] = None,
     max_perplexity_ratio: Annotated[float | None, typer.Option(help="Fail above this ratio.")] = None,
     max_kl_divergence: Annotated[float | None, typer.Option(help="Fail above this divergence, nats per token.")] = None,
     min_top1_agreement: Annotated[float | None, typer.Option(help="Fail below this share.")] = None,
@@ -114,11 +126,12 @@ def submit(
     """Submit a job. Prints its id; with --wait, follows it to its end."""
     body = read_request(file) if file is not None else {}
     set_fields(body, {"model": _absolute(model), "seed": seed, "device": device, "priority": priority})
-    scheme: dict[str, Any] = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
-    tuning = {"preset": preset, "steps": steps, "scale_steps": scale_steps}
-    scheme |= goal_fields(at_most_kl, at_most_bytes, fits_memory, context, sequences)
+    set_fields(body, {"time_limit_seconds": time_limit})
+    grid: dict[str, Any] = {"bits": width(bits, average_bits), "group_size": group_size, "symmetric": symmetric}
+    grid |= {"scheme": scheme, **goal_fields(at_most_kl, at_most_bytes, fits_memory, context, sequences)}
+    tuning = {"method": method, "preset": preset, "steps": steps, "scale_steps": scale_steps}
     outer = {"embeddings": parse_scheme(embeddings), "head": parse_scheme(head)}
-    set_quantization(body, scheme | tuning, ignore, parse_overrides(override), outer)
+    set_quantization(body, grid | tuning, ignore, parse_overrides(override), outer)
     training = {"steps": train_steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     set_training(body, {"dataset": _absolute(train), **training}, adapter, rank, merge)
     text = parse_mixture(mix) if mix else _absolute(dataset)
@@ -214,7 +227,7 @@ def set_quantization(
     body: dict[str, Any],
     flags: dict[str, Any],
     ignore: list[str] | None,
-    overrides: dict[str, dict[str, int]],
+    overrides: dict[str, dict[str, int | str]],
     outer: Mapping[str, int | str | None] = MappingProxyType({}),
 ) -> None:
     """Put method and scheme where the request has them: inside `quantization` if it is there, else in shorthand.
@@ -309,22 +322,37 @@ def parse_scheme(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.isdecimal() else text
 
 
-def parse_overrides(overrides: list[str] | None) -> dict[str, dict[str, int]]:
-    """{"*.down_proj": {"bits": 8}} from ["*.down_proj=8"].
+def width(bits: int | None, average: float | None) -> int | dict[str, float] | None:
+    """The field `bits`: a width, or the mean of widths that the job chooses.
 
     Raises:
-        RequestError: one is not PATTERN=BITS.
+        RequestError: both are given.
     """
-    parsed: dict[str, dict[str, int]] = {}
+    if average is None:
+        return bits
+    if bits is not None:
+        hint = "leave out --bits, or --average-bits"
+        raise RequestError("--bits gives every weight a width", field="average_bits", value=average, hint=hint)
+    return {"average": average}
+
+
+def parse_overrides(overrides: list[str] | None) -> dict[str, dict[str, int | str]]:
+    """{"*.down_proj": {"bits": 8}} from ["*.down_proj=8"], {"*.o_proj": {"scheme": "fp8"}} from ["*.o_proj=fp8"].
+
+    Raises:
+        RequestError: one is neither PATTERN=BITS nor PATTERN=SCHEME.
+    """
+    parsed: dict[str, dict[str, int | str]] = {}
     for override in overrides or []:
-        pattern, _, bits = override.rpartition("=")
-        if not pattern or not bits.isdecimal():
-            hint = "e.g. --override '*.down_proj=8'"
-            raise RequestError(f"{override!r} is not PATTERN=BITS", field="override", value=override, hint=hint)
+        pattern, _, given = override.rpartition("=")
+        if not pattern or not given:
+            hint = "e.g. --override '*.down_proj=8' or --override '*.down_proj=fp8'"
+            detail = f"{override!r} is not PATTERN=BITS or PATTERN=SCHEME"
+            raise RequestError(detail, field="override", value=override, hint=hint)
         if pattern in parsed:
             detail = f"the pattern {pattern!r} is given twice"
             raise RequestError(detail, field="override", value=pattern, hint="give each pattern once")
-        parsed[pattern] = {"bits": int(bits)}
+        parsed[pattern] = {"bits": int(given)} if given.isdecimal() else {"scheme": given}
     return parsed
 
 

@@ -3,6 +3,7 @@
 import json
 import socket
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 
@@ -99,6 +100,21 @@ def test_a_dry_run_prints_the_full_request_and_queues_nothing(service: Service) 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["request"]["quantization"]["steps"] == 50
     assert command("jobs", "--json", "--metadata", "dry=run", *flags(service)).stdout == ""
+
+
+def test_a_scheme_by_name_and_a_limit_of_time_are_flags(service: Service) -> None:
+    arguments = ["org/name", "--method", "rtn", "--scheme", "fp8", "--time-limit", "60", "--dry-run"]
+    done = command("submit", *arguments, *flags(service))
+    assert done.returncode == 0, done.stderr
+    request = json.loads(done.stdout)["request"]
+    assert (request["quantization"]["scheme"], request["time_limit_seconds"]) == ("fp8", 60)
+
+
+def test_the_version_is_that_of_the_distributions() -> None:
+    done = command("--version")
+    assert done.returncode == 0, done.stderr
+    versions = [f"{name} {version(name)}" for name in ("bitwright", "bitwright-service")]
+    assert done.stdout.splitlines() == versions
 
 
 def test_a_file_and_flags_make_one_request(service: Service, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 from app.domain.methods import AtMost, Fits
 from app.domain.request.job_request import JobRequest
 from bitwright.cli.jobs import parse_labels
-from bitwright.cli.submit import goal_fields, parse_overrides, parse_scheme, read_request, set_quantization
-from bitwright.errors import MalformedBody, RequestError
+from bitwright.cli.submit import goal_fields, parse_overrides, parse_scheme, read_request, set_quantization, width
+from bitwright.errors import InvalidRequest, MalformedBody, RequestError
 
 
 def test_flags_alone_make_a_shorthand_request() -> None:
@@ -42,6 +42,34 @@ def test_module_rules_move_a_shorthand_request_into_its_full_form() -> None:
         request.quantization.scheme_of("model.layers.0.mlp.down_proj")
         == dict(request.quantization.schemes())["*.down_proj"]
     )
+
+
+def test_an_override_names_a_width_or_a_scheme() -> None:
+    body: dict[str, Any] = {"model": "org/name", "method": "rtn", "bits": 4}
+    set_quantization(body, {}, None, parse_overrides(["*.down_proj=8", "*.o_proj=fp8"]))
+    overrides = JobRequest.parse({**body, "formats": ["native"]}).quantization.modules.overrides
+    assert (overrides["*.down_proj"].bits, overrides["*.o_proj"].scheme) == (8, "fp8")
+
+
+def test_a_scheme_that_there_is_not_is_named_with_those_that_there_are() -> None:
+    body: dict[str, Any] = {"model": "org/name", "method": "rtn", "bits": 4}
+    set_quantization(body, {}, None, parse_overrides(["*.down_proj=four"]))
+    with pytest.raises(InvalidRequest) as caught:
+        JobRequest.parse(body)
+    (problem,) = caught.value.errors
+    assert problem.field == "quantization.modules.overrides.*.down_proj.scheme"
+    assert problem.value == "four"
+    assert "nvfp4" in problem.detail
+
+
+def test_the_mean_of_widths_takes_the_place_of_a_width() -> None:
+    assert width(4, None) == 4
+    assert width(None, None) is None
+    quantization = JobRequest.parse({"model": "org/name", "method": "lq-lora", "bits": width(None, 2.75)}).quantization
+    assert quantization.budget().average == 2.75
+    with pytest.raises(RequestError) as caught:
+        width(4, 2.75)
+    assert caught.value.field == "average_bits"
 
 
 def test_embeddings_and_head_are_said_by_a_width_or_a_name() -> None:
@@ -82,7 +110,7 @@ def test_a_missing_file_is_a_bad_request(tmp_path: Path) -> None:
         read_request(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("override", ["down_proj", "=4", "down_proj=four", "down_proj="])
+@pytest.mark.parametrize("override", ["down_proj", "=4", "down_proj="])
 def test_an_override_that_is_not_pattern_and_bits_is_a_bad_request(override: str) -> None:
     with pytest.raises(RequestError, match="PATTERN=BITS"):
         parse_overrides([override])

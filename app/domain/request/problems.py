@@ -11,6 +11,8 @@ from types import MappingProxyType
 
 from pydantic import BaseModel, ValidationError
 
+from app.domain.request.foreign_names import field_meant, value_meant
+from app.domain.request.sources import SHORT_MODEL
 from bitwright.errors import FieldProblem, shorten
 
 Location = tuple[int | str, ...]
@@ -31,6 +33,8 @@ CODES = MappingProxyType(
 RANGES = ("greater_than", "less_than", "too_long", "too_short", "string_too", "finite_number", "int_parsing_size")
 OWN = ("value_error", "value_refused", "conflicting_fields")
 """Errors of our own validators, whose context has the whole sentence."""
+NULLABLE = "x-nullable"
+"""Of a schema that was resolved: whether null is allowed, too."""
 VALUES = ("literal", "enum", "union_tag_invalid", "value", "string_pattern", "string_unicode")
 
 
@@ -61,9 +65,19 @@ def field_problems(
             detail = f"the name must be {_text(_child(parent, 'propertyNames'))}"
         else:
             detail = str(context["error"]) if kind in OWN else f"must be {_allowed(node, definitions)}"
+            detail += _meant_value(path, value)
         field = as_written(body, ".".join(map(str, path)))
+        if kind == "string_pattern_mismatch" and field == "model" and "upload" not in item["loc"]:
+            detail = f"must be {SHORT_MODEL}"
         problems.append(FieldProblem(field=field, code=_code(kind), detail=detail, value=shorten(value)))
     return problems
+
+
+def _meant_value(path: Location, value: object) -> str:
+    """What another tool's name for a scheme or format is here, as more of a sentence; "" where that is not known."""
+    name = next((str(key) for key in reversed(path) if isinstance(key, str)), "")
+    meant = value_meant(name, value)
+    return f"; {meant}" if meant else ""
 
 
 @lru_cache
@@ -163,9 +177,11 @@ def _resolve(node: Schema, definitions: Schema) -> Schema:
     while True:
         options = [option for option in _list(node, "anyOf") if option.get("type") != "null"]
         if "$ref" in node:
-            node = _child(definitions, str(node["$ref"]).rpartition("/")[2])
+            target = _child(definitions, str(node["$ref"]).rpartition("/")[2])
+            node = {**target, NULLABLE: node.get(NULLABLE, False)}
         elif len(options) == 1:
-            node = {**node, **options[0]}
+            nullable = len(options) < len(_list(node, "anyOf")) or node.get(NULLABLE, False)
+            node = {**node, **options[0], NULLABLE: nullable}
             node.pop("anyOf")
         else:
             return node
@@ -174,18 +190,36 @@ def _resolve(node: Schema, definitions: Schema) -> Schema:
 def unknown_field(model: type[BaseModel], location: Location, shorthand: Sequence[str] = ()) -> str:
     """The problem of a name that no field at that place of a body has, with the one that may have been meant.
 
-    shorthand   names that may stand at the top besides the model's
+    shorthand   names that may stand at the top besides the model's; without any, the model is no request of a job
     """
     schema = _schema(model)
-    _, parent = _follow(schema, _child(schema, "$defs"), location[:-1])
+    definitions, name = _child(schema, "$defs"), str(location[-1])
+    _, parent = _follow(schema, definitions, location[:-1])
     known = list(_child(parent, "properties"))
-    short = [name for name in shorthand if name not in known] if len(location) == 1 else []
-    near = closest(str(location[-1]), [*known, *short])
+    short = [each for each in shorthand if each not in known] if len(location) == 1 else []
+    if others := _others_with(schema, definitions, location):
+        verb = "has" if len(others) == 1 else "have"
+        return f"{location[-2]} has no {name}; {_one_of(others, 'and')} {verb} it"
+    if name in short:
+        near = f"{name} stands at the top only beside a method that is the recipe of an adapter; "
+        return f"there is no such field; {near}there are: {', '.join(known)}; in shorthand also: {', '.join(short)}"
+    if shorthand and (meant := field_meant(name)):
+        return f"there is no such field here; {meant}"
+    near = closest(name, [*known, *short])
     meant = f"did you mean {near}? " if near else ""
-    if near == location[-1]:
-        meant = f"{near} stands at the top only beside a method that is the recipe of an adapter; "
     besides = f"; in shorthand also: {', '.join(short)}" if short else ""
     return f"there is no such field; {meant}there are: {', '.join(known)}{besides}"
+
+
+def _others_with(schema: Schema, definitions: Schema, location: Location) -> list[str]:
+    """Where the object is of one kind of several: the other kinds that have the field."""
+    _, union = _follow(schema, definitions, location[:-2])
+    kinds = _child(_child(union, "discriminator"), "mapping")
+    return [
+        kind
+        for kind, target in kinds.items()
+        if kind != location[-2] and location[-1] in _child(_resolve({"$ref": target}, definitions), "properties")
+    ]
 
 
 def closest(name: str, known: Sequence[str]) -> str | None:
@@ -223,7 +257,9 @@ def _allowed(node: Schema, definitions: Schema) -> str:
             return f"a list{most}, each {_allowed(entries, definitions)}"
         case _:
             most = f" of at most {node['maxProperties']} fields" if "maxProperties" in node else ""
-            return f"an object{most}"
+            fields = list(_child(node, "properties"))
+            those = f" with any of {', '.join(fields)}" if fields else ""
+            return f"an object{most}{those}{', or null' if node.get(NULLABLE) else ''}"
 
 
 def _number(node: Schema) -> str:
@@ -251,8 +287,8 @@ def _choice(node: Schema) -> str:
     return _one_of(list(_child(_child(node, "discriminator"), "mapping")))
 
 
-def _one_of(values: list[str]) -> str:
-    return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} or {values[-1]}"
+def _one_of(values: list[str], word: str = "or") -> str:
+    return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} {word} {values[-1]}"
 
 
 def _values(node: Schema) -> list[object]:

@@ -17,6 +17,7 @@ from app.domain.request.base_job import BaseJob, Folded, start_from
 from app.domain.request.block_choices import fill_block_choices, fill_mix
 from app.domain.request.combination_rules import default_result_formats
 from app.domain.request.finetuning import Finetune
+from app.domain.request.problems import closest
 from app.domain.request.sources import expand_source
 from bitwright.errors import FieldProblem, shorten
 from bitwright.request import ADAPTER_SHORTHAND
@@ -117,7 +118,9 @@ def _method_problem(prefix: str, name: object, is_given: bool) -> FieldProblem:
     if not is_given or name is None:
         detail = f"name a method; there are: {known}"
         return FieldProblem(field=f"{prefix}method", code="missing_field", detail=detail)
-    detail = f"there is no method {shorten(name)!r}; there are: {known}"
+    near = closest(str(name), [*METHODS, *RECIPES, *ADAPTER_RECIPES])
+    meant = f"did you mean {near}? " if near else ""
+    detail = f"there is no method {shorten(name)!r}; {meant}there are: {known}"
     return FieldProblem(field=f"{prefix}method", code="unknown_method", detail=detail, value=shorten(name))
 
 

@@ -1,6 +1,6 @@
 """Sources of models and texts. Shorthand strings expand to these.
 
-"org/name"                          -> hub
+"org/name", "org/name@revision"     -> hub
 "/folder", "./folder", "~/folder"   -> local (must lie under a configured root)
 "upl_..."                           -> upload
 "builtin"                           -> builtin (datasets only)
@@ -13,6 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 HUB_ID = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?$"
 UPLOAD_ID = r"^upl_[0-9a-z]+$"
+SHORT_MODEL = (
+    "the id of a repository like HuggingFaceTB/SmolLM2-135M, or id@revision; the path of a folder, which begins with "
+    "/, ./ or ~; or the id of an upload, upl_..."
+)
+"""What a short text may be that stands for a model."""
 
 
 class Source(BaseModel):
@@ -112,4 +117,5 @@ def expand_source(value: object) -> object:
         return {"source": "upload", "id": value}
     if value.startswith(("/", "./", "../", "~", ".")):
         return {"source": "local", "path": value}
-    return {"source": "hub", "id": value}
+    name, at, revision = value.partition("@")
+    return {"source": "hub", "id": name, "revision": revision} if at else {"source": "hub", "id": value}

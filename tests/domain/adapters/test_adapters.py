@@ -85,7 +85,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str, str, str]] = [
         {**MODEL, **TEXT, "method": "qlora", "adapter": {"pool_in": 2}},
         "adapter.pool_in",
         "unknown_field",
-        "there are: rank",
+        "q-bara, qa-blora and qa-hira have it",
     ),
     ("merge", {**HIRA, "merge": "8bit"}, "merge", "invalid_value", "quantized or 16bit"),
     ("stray merge", {**MODEL, "method": "rtn", "merge": "16bit"}, "merge", "conflicting_fields", "no adapter"),

@@ -77,7 +77,7 @@ def test_bits_a_scheme_and_a_goal_exclude_each_other(body: dict[str, Any], field
         ({"at_most": {"kl": 0}}, "at_most.kl", "above 0"),
         ({"at_most": {"kl": 0.1, "rounds": 9}}, "at_most.rounds", "1 to 8"),
         ({"fits": {"memory": "1GB"}}, "fits.context", "needed"),
-        ({"at_most": {"kl": 0.1}, "method": "nf"}, "at_most", "no such field"),
+        ({"at_most": {"kl": 0.1}, "method": "nf"}, "at_most", "nf has no at_most"),
         ({"at_most": {"bytes": 9}, "formats": ["merged"]}, "at_most", "no format of the request packs"),
         ({"at_most": {"kl": 0.1}, "calibration": {"num_samples": 3}}, "at_most", "held out"),
         ({"at_most": {"kl": 0.1}, "finetune": {"dataset": "builtin"}}, "at_most", "base_job"),

@@ -157,7 +157,7 @@ TABLE: list[tuple[str, dict[str, Any], str, str, str]] = [
         {"model": "org/name", "quantization": {"method": "rtn", "steps": 4}},
         "quantization.steps",
         "unknown_field",
-        "there are: bits",
+        "apiq and signround have it",
     ),
     ("Hub id", {**BASE, "model": "a b"}, "model", "invalid_value", "like HuggingFaceTB/SmolLM2-135M"),
     ("Hub id inside", {**BASE, "model": {"source": "hub", "id": "../x"}}, "model.id", "invalid_value", "like Hugging"),
