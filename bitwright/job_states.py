@@ -2,6 +2,8 @@
 
 from enum import StrEnum
 
+from bitwright.errors import Conflict
+
 
 class JobStatus(StrEnum):
     """Status of a job; `TRANSITIONS` has the allowed changes."""
@@ -30,6 +32,13 @@ class PublicationStatus(StrEnum):
 
 
 FINAL_STATUSES = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
+
+
+def without_result(job_id: str, status: JobStatus, missing: str = "result") -> Conflict:
+    """The error of asking for what a job only has once it has succeeded, with what to do instead."""
+    ended = f"`bitwright show {job_id}` says why; `bitwright retry {job_id}` queues it again"
+    hint = ended if status in FINAL_STATUSES else f"`bitwright watch {job_id}` waits for its end"
+    return Conflict(f"job {job_id} is {status.value} and has no {missing}", value=status.value, hint=hint)
 
 
 class DeviceClass(StrEnum):

@@ -23,8 +23,7 @@ from bitwright.files.delivery import delivery
 from bitwright.files.downloads import OnBytes, ignore_bytes, subfolder, target_path
 from bitwright.files.folders import claim_folder
 from bitwright.files.uploads import choose_files, describe_files
-from bitwright.formats import NATIVE
-from bitwright.job_states import JobStatus
+from bitwright.job_states import JobStatus, without_result
 from bitwright.retries import RetryPolicy
 from bitwright.tenancy import UsageView
 from bitwright.views import (
@@ -228,7 +227,8 @@ class Client:
         both come, each in a subfolder named by its format. A download that was cut goes on where it was.
 
         Raises:
-            Conflict: `folder` holds something else. `force` empties it, if it looks like a checkpoint.
+            Conflict: the job has not succeeded; or `folder` holds something else. `force` empties it, if it looks like
+                a checkpoint.
             NotFound: the job has no such checkpoint.
             StorageError: a file does not have the hash that the service promised.
         """
@@ -238,10 +238,11 @@ class Client:
         """The artifacts that `download` would bring, by target folder: `folder` itself, or folders below it."""
         artifacts = self.artifacts(job_id)
         kept = list(dict.fromkeys(artifact.format for artifact in artifacts))
-        if not kept or (format is not None and format not in kept):
-            there = ", ".join(kept) or "none (it has not succeeded)"
-            chosen = format or NATIVE
-            raise NotFound(f"job {job_id} has no {chosen} checkpoint; it has: {there}", field="format", value=chosen)
+        if not kept:
+            raise without_result(job_id, self.job(job_id).status)
+        if format is not None and format not in kept:
+            there = ", ".join(kept)
+            raise NotFound(f"job {job_id} has no {format} checkpoint; it has: {there}", field="format", value=format)
         together = (format,) if format is not None else delivery(kept, self.job(job_id).request)
         return {
             subfolder(folder, name) if len(together) > 1 else folder: [a for a in artifacts if a.format == name]

@@ -1,5 +1,6 @@
 """`artifacts`, `delete`, `formats`, `workers`: a job's files, the end of a job, and what the service has."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, TypeVar
 
@@ -10,6 +11,7 @@ from rich.table import Table
 from bitwright.cli.connection import DataDirOption, KeyOption, UrlOption, connect
 from bitwright.cli.jobs import JobArgument, JsonOption, print_json
 from bitwright.cli.render import format_age, format_bytes, out, tabbed
+from bitwright.errors import RequestError
 from bitwright.views import FormatView, WorkerView
 
 ViewT = TypeVar("ViewT", bound=BaseModel)
@@ -44,10 +46,29 @@ def delete(
 ) -> None:
     """Delete a finished job with its events and files; it cannot be brought back."""
     if not yes:
-        typer.confirm(f"Delete {job_id} with all its files?", abort=True)
+        _ask(f"Delete {job_id} with all its files?")
     with connect(url, key, data_dir) as client:
         client.delete(job_id)
     out().print(f"{job_id} deleted")
+
+
+def _ask(question: str) -> None:
+    """Go on if the answer is yes.
+
+    Raises:
+        typer.Abort: it is no.
+        RequestError: nobody is there to answer.
+    """
+    try:
+        agreed = typer.confirm(question)
+    except typer.Abort as abort:
+        if sys.stdin.isatty():
+            raise
+        typer.echo(err=True)
+        hint = "add --yes where nobody can be asked"
+        raise RequestError("the question has no answer", field="yes", hint=hint) from abort
+    if not agreed:
+        raise typer.Abort
 
 
 def formats(

@@ -16,8 +16,9 @@ from bitwright.cli.comparison import Compared, Row, doubts, figure_rows, setting
 from bitwright.cli.connection import DataDirOption, KeyOption, UrlOption, connect
 from bitwright.cli.jobs import JobArgument, JsonOption
 from bitwright.cli.render import err, out, tabbed
-from bitwright.errors import Conflict, InvalidRequest, NotFound
+from bitwright.errors import InvalidRequest, NotFound
 from bitwright.formats import first_choice
+from bitwright.job_states import without_result
 from bitwright.report import Report
 
 PAGE, DOCUMENT = "report.html", "report.json"
@@ -57,9 +58,7 @@ def save_page(client: Client, job_id: str, target: Path, format: str | None) -> 
     artifacts = client.artifacts(job_id)
     kept = list(dict.fromkeys(artifact.format for artifact in artifacts))
     if not kept:
-        status = client.job(job_id).status.value
-        hint = f"`bitwright watch {job_id}` waits for its end"
-        raise Conflict(f"job {job_id} is {status} and has no report", value=status, hint=hint)
+        raise without_result(job_id, client.job(job_id).status, "report")
     name = format or first_choice(kept)
     if name not in kept:
         raise NotFound(f"job {job_id} has no {name} checkpoint; it has: {', '.join(kept)}", field="format", value=name)
@@ -155,8 +154,7 @@ def result_of(client: Client, name: str) -> Compared:
 def _of_job(client: Client, job_id: str) -> Compared:
     job = client.job(job_id)
     if job.report is None:
-        hint = f"`bitwright watch {job_id}` waits for its end"
-        raise Conflict(f"job {job_id} is {job.status.value} and has no report", value=job.status.value, hint=hint)
+        raise without_result(job_id, job.status, "report")
     return Compared(job_id, job.report)
 
 

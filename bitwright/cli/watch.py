@@ -14,7 +14,7 @@ from bitwright import Client
 from bitwright.cli.connection import DataDirOption, KeyOption, UrlOption, connect
 from bitwright.cli.job_details import brought
 from bitwright.cli.jobs import JobArgument, print_json
-from bitwright.cli.render import err, format_amount, format_seconds, out, print_error, report_table
+from bitwright.cli.render import err, format_amount, format_seconds, out, print_error, queue_text, report_table
 from bitwright.events import (
     BlockEvent,
     CheckpointEvent,
@@ -66,8 +66,19 @@ def finish(job: JobView, artifacts: Sequence[ArtifactView], *, as_json: bool) ->
 
 def follow_job(client: Client, job_id: str, console: Console) -> JobView:
     """Show the job's events on `console` until it is final; the final job."""
+    if waits := waiting_text(client, job_id):
+        console.print(waits, soft_wrap=True)
     with shown_on(console) as show:
         return client.wait(job_id, on_event=show)
+
+
+def waiting_text(client: Client, job_id: str) -> str | None:
+    """The place of a job in the queue, and whether a worker is there to take it; None where it does not wait."""
+    job = client.job(job_id)
+    if job.queue is None:
+        return None
+    place = queue_text(job.queue)
+    return place if client.workers() else f"{place}; no worker is alive: `bitwright serve` or `worker` starts one"
 
 
 @contextmanager
@@ -165,7 +176,8 @@ def line_of(event: Event) -> Text | None:
         why = f": {event.error.code}" if event.error is not None else ""
         if event.error is not None and event.status not in FINAL_STATUSES:  # `finish` prints the rest of those
             why += f": {event.error.detail}"
-        return Text(f"{event.status.value}, attempt {event.attempt}{why}")
+        attempt = f", attempt {event.attempt}" if event.attempt else ""
+        return Text(f"{event.status.value}{attempt}{why}")
     if isinstance(event, ProgressEvent):
         eta = f", {format_seconds(event.eta_seconds)} left" if event.eta_seconds is not None else ""
         return Text(f"{event.stage.value} {format_amount(event)}{eta}")

@@ -120,7 +120,7 @@ _FORMATS = {_name: here for here, names in FORMATS.items() for _name in names}
 
 
 def field_meant(name: str) -> str | None:
-    """What stands in the place of another tool's field, as the end of a sentence; None where that is not known."""
+    """The field in the place of another tool's, as the end of a sentence; None where that is not known."""
     plain = name.lower().replace("-", "_")
     if plain in NOT_ASKED:
         return NOT_ASKED[plain]

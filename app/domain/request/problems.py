@@ -74,7 +74,7 @@ def field_problems(
 
 
 def _meant_value(path: Location, value: object) -> str:
-    """What another tool's name for a scheme or format is here, as more of a sentence; "" where that is not known."""
+    """Our name for another tool's scheme or format, as more of a sentence; "" where that is not known."""
     name = next((str(key) for key in reversed(path) if isinstance(key, str)), "")
     meant = value_meant(name, value)
     return f"; {meant}" if meant else ""
@@ -212,7 +212,7 @@ def unknown_field(model: type[BaseModel], location: Location, shorthand: Sequenc
 
 
 def _others_with(schema: Schema, definitions: Schema, location: Location) -> list[str]:
-    """Where the object is of one kind of several: the other kinds that have the field."""
+    """Other kinds of the object that have the field, where it is of one kind of several."""
     _, union = _follow(schema, definitions, location[:-2])
     kinds = _child(_child(union, "discriminator"), "mapping")
     return [
@@ -265,6 +265,8 @@ def _allowed(node: Schema, definitions: Schema) -> str:
 def _number(node: Schema) -> str:
     noun = "a whole number" if node["type"] == "integer" else "a number"
     low, high, above = node.get("minimum"), node.get("maximum"), node.get("exclusiveMinimum")
+    if low == -1 and high is not None and _child(node, "not").get("const") == 0:
+        return f"{noun}, 1 to {high}, or -1"
     if low is not None and high is not None:
         return f"{noun}, {low} to {high}"
     bounds = [

@@ -17,7 +17,7 @@ SHORT_MODEL = (
     "the id of a repository like HuggingFaceTB/SmolLM2-135M, or id@revision; the path of a folder, which begins with "
     "/, ./ or ~; or the id of an upload, upl_..."
 )
-"""What a short text may be that stands for a model."""
+"""Short texts that stand for a model, in words."""
 
 
 class Source(BaseModel):
