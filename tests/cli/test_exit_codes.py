@@ -12,6 +12,8 @@ import structlog
 from sqlalchemy import select, update
 
 from app.store.models import Job, Tenant
+from bitwright import Client
+from bitwright.cli.watch import waiting_text
 from tests.bitwright.service import Service, running_service
 from tests.cli.processes import bitwright, command
 
@@ -108,6 +110,38 @@ def test_a_scheme_by_name_and_a_limit_of_time_are_flags(service: Service) -> Non
     assert done.returncode == 0, done.stderr
     request = json.loads(done.stdout)["request"]
     assert (request["quantization"]["scheme"], request["time_limit_seconds"]) == ("fp8", 60)
+
+
+def test_a_job_that_waits_has_no_result_and_is_told_so(service: Service, tmp_path: Path) -> None:
+    job_id = command("submit", "org/name", "--method", "rtn", *flags(service)).stdout.strip()
+    for asked in (("download", job_id, str(tmp_path / "result")), ("report", job_id), ("compare", job_id, job_id)):
+        refused = command(*asked, *flags(service))
+        assert (refused.returncode, refused.stderr.split(":")[0]) == (2, "conflict")
+        assert f"{job_id} is queued and has no " in refused.stderr
+        assert f"`bitwright watch {job_id}`" in refused.stderr
+    assert not (tmp_path / "result").exists()
+    assert command("cancel", job_id, *flags(service)).returncode == 0
+    ended = command("download", job_id, str(tmp_path / "result"), *flags(service))
+    assert f"{job_id} is cancelled and has no result" in ended.stderr
+    assert f"`bitwright retry {job_id}`" in ended.stderr
+
+
+def test_a_job_that_no_worker_will_take_is_told_so(service: Service) -> None:
+    with Client(service.url, service.key) as client:
+        job_id = client.submit({"model": "org/name", "method": "rtn"}).id
+        waits = waiting_text(client, job_id)
+        assert waits is not None
+        assert waits.startswith("number ")
+        assert waits.endswith("no worker is alive: `bitwright serve` or `worker` starts one")
+        client.cancel(job_id)
+        assert waiting_text(client, job_id) is None
+
+
+def test_a_question_that_nobody_answers_names_the_flag(service: Service) -> None:
+    job_id = command("submit", "org/name", "--method", "rtn", *flags(service)).stdout.strip()
+    refused = command("delete", job_id, *flags(service))
+    assert refused.returncode == 2
+    assert "--yes" in refused.stderr
 
 
 def test_the_version_is_that_of_the_distributions() -> None:

@@ -80,6 +80,18 @@ def test_values_of_other_tools_are_told_ours() -> None:
     assert JobRequest.parse({**BASE, "scheme": scheme, "formats": json.loads(formats)}).formats == ("gguf",)
 
 
+@pytest.mark.parametrize("size", [0, -3, 65537])
+def test_a_size_of_groups_out_of_range_is_told_the_range_and_the_exception(size: int) -> None:
+    assert "1 to 65536, or -1" in problem_of(group_size=size).detail
+
+
+def test_a_revision_follows_a_repository() -> None:
+    for text, revision in (("org/name@v1.0", "v1.0"), ("org/name@refs/pr/1", "refs/pr/1"), ("org/name", "main")):
+        model = JobRequest.parse({**BASE, "model": text}).model
+        assert (model.source, model.id, model.revision) == ("hub", "org/name", revision)  # type: ignore[union-attr]
+    assert problem_of(model="org/name@").code == "out_of_range"
+
+
 def test_a_mean_of_widths_is_told_as_one() -> None:
     told = problem_of(bits=2.75).detail.rpartition(" give ")[2]
     budget = JobRequest.parse({**BASE, "bits": json.loads(told)}).quantization.budget()
