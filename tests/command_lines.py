@@ -20,6 +20,9 @@ def check_bitwright(words: Sequence[str], *, mention: bool = False) -> None:
     rest = list(words)
     while isinstance(group, TyperGroup) and (rest or not mention):
         name = rest.pop(0)
+        if name.startswith("-"):  # an option of the group is all that is asked
+            assert name in {option for each in group.params for option in each.opts}, f"bitwright has no option {name}"
+            return
         context = typer.Context(group)
         command = group.get_command(context, name)
         assert command is not None, f"bitwright has no command {name}"
