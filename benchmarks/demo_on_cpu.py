@@ -35,12 +35,13 @@ from transformers import AutoConfig
 
 from app.cli.demo import BATCH_SIZE, EVALUATION, SAMPLES, SEQUENCE_LENGTH
 from app.domain.request.job_request import JobRequest
+from app.idle_threads import waiting
 from benchmarks.blocks.cpu_block import machine
 from workers.engine.tune.sequence_order import split
 from workers.engine.tune.tuner import is_checked
 from workers.machine import available_threads
 from workers.numerics.product_dtype import product_dtype
-from workers.supervise.child_env import ALLOCATOR, waiting
+from workers.supervise.child_env import ALLOCATOR
 
 PASS_TOKENS = 2048
 """Tokens of a pass that are multiplied at once."""

@@ -8,9 +8,12 @@ import gc
 import os
 import socket
 import threading
+from importlib import import_module
 
 import structlog
 import uvicorn
+
+from app.many_imports import many_imports
 
 APPLICATION = "app.api.main:create_app"
 END_STREAMS = "end_streams"
@@ -29,6 +32,8 @@ class Server(uvicorn.Server):
     """uvicorn's server for the application, with settings from the environment; `run` blocks until a signal."""
 
     def __init__(self) -> None:
+        with many_imports():
+            import_module(APPLICATION.partition(":")[0])
         super().__init__(
             uvicorn.Config(
                 APPLICATION,

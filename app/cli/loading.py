@@ -4,6 +4,7 @@ The process may be started before there is a checkpoint: to import torch and tra
 """
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -12,16 +13,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from app.idle_threads import waiting
 from bitwright.errors import InternalError
 
 LOAD_SECONDS = 600
 
 SCRIPT = """
-import json, sys, time
+import gc, json, sys, time
 from pathlib import Path
 started = time.monotonic()
+gc.disable()
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+gc.enable()
 seconds = time.monotonic() - started
 folder, prompt, tokens = json.loads(sys.stdin.readline())
 started = time.monotonic()
@@ -71,7 +75,8 @@ class FreshPython:
             if self._process is None:
                 pipe = subprocess.PIPE
                 command = [sys.executable, "-I", "-c", SCRIPT]
-                self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+                calm = {**os.environ, **waiting()}
+                self._process = subprocess.Popen(command, env=calm, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
     def load_and_generate(self, folder: Path, prompt: str, *, new_tokens: int = 32) -> Loaded:
         """Load the checkpoint in `folder` and go on with `prompt`, greedily; once.

@@ -20,13 +20,14 @@ from typing import NoReturn
 
 import structlog
 
+from app.many_imports import many_imports
 from bitwright.errors import BitwrightError, InternalError, OutOfMemory
 from workers.child.birth import born
 from workers.child.confinement import limit_to_plan
 from workers.child.exceptions import as_bitwright_error
 from workers.child.lifeline import EXIT_FAILED, SILENCE_SECONDS, ReportPipe
 from workers.child.needs import limit_of, mapped_bytes, needs_of, over_limit, tell_needs
-from workers.child.preparation import prepare, wait_quietly
+from workers.child.preparation import NOT_NEEDED, prepare, wait_quietly
 from workers.disk.orders import AttemptOrder
 
 LOCK_MARGIN_SECONDS = 10.0
@@ -108,8 +109,9 @@ def run_order(order: AttemptOrder, workspace: Path, report: ReportPipe, rank: in
     limit_memory_to_plan(order, tell_needs(order, report) if rank == 0 and order.tells_needs else needs_of(order))
     wait_quietly()
     # torch takes seconds to load: lock and lifeline come first.
-    from workers.engine.reporter import Reporter  # noqa: PLC0415
-    from workers.engine.run import assist, run  # noqa: PLC0415
+    with many_imports(NOT_NEEDED):
+        from workers.engine.reporter import Reporter  # noqa: PLC0415
+        from workers.engine.run import assist, run  # noqa: PLC0415
 
     if rank:
         assist(order, workspace, rank)

@@ -24,9 +24,11 @@ from pydantic import TypeAdapter
 
 from app.limited.own_limits import limit_memory
 from app.limited.process import exit_words
+from app.many_imports import many_imports
 from bitwright.errors import BitwrightError, CorruptCheckpoint, OutOfMemory, OverLimit
 from bitwright.events import ErrorData, Message
 from workers.child.exceptions import as_bitwright_error
+from workers.child.preparation import NOT_NEEDED
 from workers.disk.input_orders import InputAnswer, InputOrder
 from workers.runtimes.order import ReadAnswer, ReadOrder
 
@@ -51,9 +53,10 @@ def main() -> int:
     answers = os.dup(sys.stdout.fileno())
     # Whatever prints to standard output must not look like an answer.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    import_all()
-    gc.collect()
-    gc.freeze()  # else each collection of a forked process would copy all that it shares with this one
+    # What is imported stays out of collections: else each one of a forked process would copy what it shares with this.
+    with many_imports(NOT_NEEDED):
+        import_all()
+        gc.collect()
     for line in sys.stdin.buffer:
         for answer in obey(line):
             os.write(answers, answer.model_dump_json().encode() + b"\n")

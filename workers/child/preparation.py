@@ -6,10 +6,24 @@ Nothing here draws a random number or keeps a tensor, so that a job's numbers do
 import os
 from contextlib import suppress
 
+from app.many_imports import many_imports
+
+NOT_NEEDED = ("scipy",)
+"""Packages that transformers imports where they are installed, for models that find objects in pictures."""
+
 
 def prepare(device: str) -> None:
     """Import the engine with its libraries and open a device, "cpu" or "cuda"; a second call costs nothing."""
     wait_quietly()
+    with many_imports(NOT_NEEDED):
+        _import_all()
+    if device == "cuda":
+        _open_gpu()
+    else:
+        _read_loops()
+
+
+def _import_all() -> None:
     # transformers loads a type's code when it is asked for it: this is the part that types share.
     from transformers.models.llama import modeling_llama  # noqa: PLC0415, F401
 
@@ -24,11 +38,6 @@ def prepare(device: str) -> None:
     for name in stored_formats([default_for(Result.AFFINE)]):
         format_of(name)
     template()
-
-    if device == "cuda":
-        _open_gpu()
-    else:
-        _read_loops()
 
 
 def wait_quietly() -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from app.hub.environment import network_variables
+from app.idle_threads import waiting
 from app.settings import Settings
 from app.store.attempts import Claim
 from bitwright.job_states import DeviceClass
@@ -49,16 +50,6 @@ RANKS = {
 
 ROWS_ONLY = {"USE_TORCH": "0"}
 """`datasets` loads torch where it is installed: seconds, and for tensors that a fetch never makes."""
-
-WAITING = {
-    # Threads that wait for each other look again for about a tenth of a millisecond, then sleep: longer than most
-    # operators between two products take, where to sleep and be woken costs more than to wait (a tenth of the looks
-    # makes tuning a block on two cores 1.18 times as long). By default those of GNU OpenMP spin for milliseconds: on a
-    # busy machine they take half of the processor time that the others need, on an idle one they gain nothing.
-    "GOMP_SPINCOUNT": "10000",
-}
-WAITING_IS_GIVEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-"""Variables by which whoever runs the worker decides this."""
 
 KERNELS = "NUMBA_CACHE_DIR"
 TEXTS = "builtin_text.json"
@@ -128,11 +119,6 @@ def _network(settings: Settings, device: DeviceClass, ranks: int) -> str:
 
 def _made_ahead(folder: Path) -> dict[str, str]:
     return {KERNELS: str(folder), BUILTIN_TEXT: str(folder / TEXTS)}
-
-
-def waiting() -> dict[str, str]:
-    """Variables for how threads wait, unless this process's environment sets them."""
-    return {} if any(name in os.environ for name in WAITING_IS_GIVEN) else WAITING
 
 
 def fetch_environment(
