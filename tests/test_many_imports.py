@@ -14,7 +14,8 @@ PREPARED = """
 import gc, json, sys
 from workers.child.preparation import prepare
 prepare("cpu")
-print(json.dumps({"scipy": "scipy.optimize" in sys.modules, "frozen": gc.get_freeze_count(), "enabled": gc.isenabled()}))
+scipy = "scipy.optimize" in sys.modules
+print(json.dumps({"scipy": scipy, "frozen": gc.get_freeze_count(), "enabled": gc.isenabled()}))
 import scipy.linalg
 """
 
