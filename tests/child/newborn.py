@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -13,9 +14,14 @@ from workers.child.lifeline import REPORT_FD
 
 def main(arguments: list[str]) -> None:
     prepared: list[str] = []
-    birth = born(arguments, prepared.append)
+
+    def prepare(device: str) -> Callable[[], None]:
+        prepared.append(device)
+        return lambda: prepared.append("begun")
+
+    birth = born(arguments, prepare)
     told = {
-        "prepared": prepared[0] if prepared else None,
+        "prepared": prepared,
         "workspace": str(birth.workspace),
         "rank": birth.rank,
         "given": dict(birth.given),

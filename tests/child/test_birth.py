@@ -45,7 +45,7 @@ def test_a_process_that_is_started_for_a_job(tmp_path: Path) -> None:
         silence_seconds=60,
     ) as child:
         told = said(child)
-    assert told == {"prepared": None, "workspace": "/of/job_7", "rank": 2, "given": {}, "score": ATTEMPT_OOM_SCORE}
+    assert told == {"prepared": [], "workspace": "/of/job_7", "rank": 2, "given": {}, "score": ATTEMPT_OOM_SCORE}
     logged = json.loads((tmp_path / "attempt.log").read_text())
     assert (logged["event"], logged["job_id"], logged["attempt"]) == ("born", "job_7", 3)
 
@@ -68,7 +68,12 @@ def test_a_process_that_waits_for_its_job(tmp_path: Path) -> None:
     given = told.pop("given")
     assert isinstance(given, dict)
     assert list(given) == [str(writing)]
-    assert told == {"prepared": "cuda", "workspace": "/of/job_7", "rank": 0, "score": ATTEMPT_OOM_SCORE}
+    assert told == {
+        "prepared": ["cuda", "begun"],
+        "workspace": "/of/job_7",
+        "rank": 0,
+        "score": ATTEMPT_OOM_SCORE,
+    }
     earlier, line = (tmp_path / "attempt.log").read_text().splitlines()
     assert earlier == "of an earlier attempt"
     assert (json.loads(line)["job_id"], json.loads(line)["attempt"]) == ("job_7", 3)

@@ -50,7 +50,7 @@ BLOCKS = 100
 
 
 def main(arguments: list[str]) -> int:
-    birth = born(arguments, lambda _: None)
+    birth = born(arguments, lambda _: lambda: None)
     workspace, rank = birth.workspace, birth.rank
     pipe = ReportPipe()
     if rank == 0:

@@ -49,10 +49,11 @@ class Birth:
     given: Mapping[int, int] = field(default_factory=dict)
 
 
-def born(arguments: list[str], prepare: Callable[[str], object]) -> Birth:
+def born(arguments: list[str], prepare: Callable[[str], Callable[[], object]]) -> Birth:
     """Arrange that this process ends with its supervisor, and find the place of its job; call it first.
 
-    prepare   what a spare does with its device's name ("cpu" or "cuda") before it waits
+    prepare   what a spare does with its device's name ("cpu" or "cuda") before it waits; what it returns is done with
+              the order in hand. A spare that ends then has not taken the order
     """
     is_spare = arguments[0] == SPARE
     rank = int(arguments[1]) if len(arguments) > 1 and not is_spare else 0
@@ -67,9 +68,10 @@ def born(arguments: list[str], prepare: Callable[[str], object]) -> Birth:
     log_as_json()
     with closing(socket.socket(fileno=int(arguments[1]))) as supervisor:
         supervisor.set_inheritable(False)
-        prepare(arguments[2])
+        begin = prepare(arguments[2])
         supervisor.sendall(READY)
         order, descriptors = _awaited(supervisor)
+        begin()
         supervisor.sendall(TAKEN)
     prefer_for_oom_kill(ATTEMPT_OOM_SCORE)
     _log_into(order.log)

@@ -4,23 +4,30 @@ Nothing here draws a random number or keeps a tensor, so that a job's numbers do
 """
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 
 from app.many_imports import many_imports
+from workers.child.gpu_stacks import give_stacks_back, loaded_driver
 
 NOT_NEEDED = ("scipy",)
 """Packages that transformers imports where they are installed, for models that find objects in pictures."""
 
 
-def prepare(device: str) -> None:
-    """Import the engine with its libraries and open a device, "cpu" or "cuda"; a second call costs nothing."""
+def prepare(device: str) -> Callable[[], None]:
+    """Import the engine with its libraries and open a device, "cpu" or "cuda"; a second call costs nothing.
+
+    What is returned is to be called when there is a job, in the same thread: it takes what a process that waits has
+    given back.
+    """
     wait_quietly()
     with many_imports(NOT_NEEDED):
         _import_all()
     if device == "cuda":
         _open_gpu()
-    else:
-        _read_loops()
+        return give_stacks_back(loaded_driver())
+    _read_loops()
+    return lambda: None
 
 
 def _import_all() -> None:
