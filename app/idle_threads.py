@@ -1,4 +1,4 @@
-"""How threads that compute together wait for each other, in variables that OpenMP reads when torch is loaded."""
+"""Waits of threads that compute together, in variables that OpenMP reads when torch is loaded."""
 
 import os
 
