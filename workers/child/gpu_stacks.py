@@ -16,7 +16,7 @@ LEAST_BYTES = 16
 
 
 class Driver(Protocol):
-    """What is used of CUDA's driver; both answer 0 or an error's number, and mean the thread's current context."""
+    """Calls of CUDA's driver; both answer 0 or an error's number, and mean the thread's current context."""
 
     def cuCtxGetLimit(self, value: Any, limit: int, /) -> int:  # noqa: N802
         """Write a limit to where `value` points."""
