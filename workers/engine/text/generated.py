@@ -31,6 +31,7 @@ from workers.engine.device.process_group import PATIENCE
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.meta_model import configuration, model_class, model_dtype
 from workers.engine.model.overflow import original_overflows
+from workers.engine.text.drawing import continued, draws
 from workers.engine.text.sequences import Sequences, writes_start
 
 MOST_AT_ONCE, MOST_PIECES_AT_ONCE = 128, 2048
@@ -208,6 +209,28 @@ def _room(model: PreTrainedModel, length: int, device: torch.device) -> int:
 def _continue(model: PreTrainedModel, rows: Tensor, length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """rows, continued to `length` tokens each."""
     end = tokenizer.eos_token_id
+    assert end is None or isinstance(end, int)  # noqa: S101 - for the type checker
+    if draws(model):
+        state = _random_state(rows.device)
+        try:
+            return continued(model, rows, length, end)
+        except FloatingPointError as error:
+            raise original_overflows(model.dtype) from error
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # what cannot be captured; `generate` draws as if nothing had been drawn
+            if rows.device.type != "cuda":
+                raise
+            torch.cuda.set_rng_state(state, rows.device)
+    return _generated(model, rows, length, end)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _generated(model: PreTrainedModel, rows: Tensor, length: int, end: int | None) -> Tensor:
+    """The same by transformers, whose cache grows."""
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
