@@ -42,19 +42,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.request.job_request import JobRequest
-from benchmarks.against_auto_round import EVALUATION_LENGTH, QualityMeter, parse_scheme, read_rows, read_text
+from benchmarks.against_auto_round import EVALUATION_LENGTH, QualityMeter, parse_scheme, read_rows, read_text, windows
 from benchmarks.few_bits.generations import Prompts
 from benchmarks.few_bits.published import BLOCKS
 from benchmarks.few_bits.texts import cut, free_sequences, mixed, sequences_of, written_sequences
 from workers.contracts.blocks import BlockTask
 from workers.disk.orders import AttemptOrder
 from workers.engine import goal, quantize, scales
+from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.opening import open_job
 from workers.engine.quantize.activations import Activations
 from workers.engine.reporter import Reporter
 from workers.engine.scales import memory_plan, moving_codes, tuning
 from workers.engine.scales import stage as scales_stage
 from workers.engine.scales.step_rules import StepRules
+from workers.engine.text.generated import Generation
 from workers.engine.untrusted.asking import JobInput
 from workers.methods import sign_round
 from workers.numerics.quantized import BlockWeight
@@ -123,14 +125,14 @@ class Texts:
         return cut(self._tokenizer, read_text(self._given.calibration), self._given.length, count)
 
     def _written(self, count: int, device: torch.device) -> Tensor:
-        text = read_text(self._given.calibration)
-        return written_sequences(self._original(device), self._tokenizer, text, self._given.length, count, seed=0)
+        text = windows(self._tokenizer, read_text(self._given.calibration), self._given.length)[: self._given.samples]
+        return written_sequences(self._by(device), text[:, 0], self._given.length, count, seed=0)
 
     def _free(self, count: int, device: torch.device) -> Tensor:
-        return free_sequences(self._original(device), self._tokenizer, self._given.length, count, seed=0)
+        return free_sequences(self._by(device), self._given.length, count, seed=0)
 
-    def _original(self, device: torch.device) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self._model, dtype=torch.bfloat16).to(device)
+    def _by(self, device: torch.device) -> Generation:
+        return Generation(Checkpoint.open(Path(self._model)), self._tokenizer, device, Path(), True, lambda *_: None)
 
     @property
     def _tokenizer(self) -> Any:

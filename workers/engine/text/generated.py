@@ -116,25 +116,57 @@ def _kept(by: Generation, draw: Callable[[], Tensor]) -> Tensor:
 
 def _draw(config: Calibration, seed: int, by: Generation) -> Tensor:
     """ids, int64 (num_samples, sequence_length), on the host."""
-    starts = _starts(config.num_samples, seed, by)
+    starts = free_starts(config.num_samples, seed, by)
     return torch.cat(_continued([starts], config.sequence_length, seed, by, MOST_AT_ONCE))
 
 
 def _draw_pieces(shape: tuple[int, int], text: Tensor, seed: int, by: Generation) -> Tensor:
     """ids, int64 of that shape (sequences, length), on the host; text: sequences of the calibration."""
-    each = math.ceil(shape[1] / PIECE)
-    piece, pieces = math.ceil(shape[1] / each), shape[0] * each
-    generator = torch.Generator().manual_seed(seed)
-    starts = [_starts(pieces - pieces // 2, seed, by)]
-    for number, prefix in enumerate(PREFIXES):
-        count = pieces // 2 * (number + 1) // len(PREFIXES) - pieces // 2 * number // len(PREFIXES)
-        width = min(prefix, piece // 2, text.shape[1])
-        rows = torch.randint(len(text), (count, 1), generator=generator)
-        offsets = torch.randint(text.shape[1] - width + 1, (count, 1), generator=generator)
-        starts.append(_after_start(text[rows, offsets + torch.arange(width)], by))
-    drawn = torch.cat(_continued([rows for rows in starts if len(rows)], piece, seed, by, MOST_PIECES_AT_ONCE))
-    shuffled = drawn[torch.randperm(len(drawn), generator=generator)]
-    return shuffled.view(shape[0], each * piece)[:, : shape[1]].contiguous()
+    pieces = Pieces.of(shape, seed)
+    half = pieces.count // 2
+    return pieces.drawn([free_starts(pieces.count - half, seed, by), *pieces.placed(half, text, by)], by)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Short pieces that make sequences of a shape together.
+
+    each     pieces a sequence
+    length   tokens of a piece
+    count    pieces in all
+    """
+
+    shape: tuple[int, int]
+    seed: int
+    each: int
+    length: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], seed: int) -> "Pieces":
+        each = math.ceil(shape[1] / PIECE)
+        return cls(shape, seed, each, math.ceil(shape[1] / each))
+
+    @property
+    def count(self) -> int:
+        return self.shape[0] * self.each
+
+    def placed(self, count: int, text: Tensor, by: Generation) -> list[Tensor]:
+        """Beginnings of so many pieces, from places of a text (sequences, length); a quarter of each of PREFIXES."""
+        generator, starts = torch.Generator().manual_seed(self.seed), []
+        for number, prefix in enumerate(PREFIXES):
+            some = count * (number + 1) // len(PREFIXES) - count * number // len(PREFIXES)
+            width = min(prefix, self.length // 2, text.shape[1])
+            rows = torch.randint(len(text), (some, 1), generator=generator)
+            offsets = torch.randint(text.shape[1] - width + 1, (some, 1), generator=generator)
+            starts.append(_after_start(text[rows, offsets + torch.arange(width)], by))
+        return starts
+
+    def drawn(self, starts: list[Tensor], by: Generation) -> Tensor:
+        """What the model makes of the beginnings of all pieces, shuffled, as sequences of the shape."""
+        given = [rows for rows in starts if len(rows)]
+        drawn = torch.cat(_continued(given, self.length, self.seed, by, MOST_PIECES_AT_ONCE))
+        shuffled = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(self.seed + 1))]
+        return shuffled.view(self.shape[0], self.each * self.length)[:, : self.shape[1]].contiguous()
 
 
 def _continued(starts: list[Tensor], length: int, seed: int, by: Generation, most: int) -> list[Tensor]:
@@ -178,7 +210,7 @@ def _loaded(checkpoint: Checkpoint) -> Any:
     return of_class.from_pretrained(None, config=config, state_dict=weights, dtype=model_dtype(config, checkpoint))
 
 
-def _starts(count: int, seed: int, by: Generation) -> Tensor:
+def free_starts(count: int, seed: int, by: Generation) -> Tensor:
     """The tokens that sequences begin with, int64 (count, 1 or 2)."""
     generator = torch.Generator().manual_seed(seed)
     special = set(by.tokenizer.all_special_ids)
