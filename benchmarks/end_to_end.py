@@ -3,11 +3,11 @@
     python -m benchmarks.end_to_end MODEL --calibration calibration.jsonl --choice other.jsonl --valid valid.jsonl \
         --scheme mxfp4a16 --settings steps=0 steps=100,codes=0 steps=100 steps=200,pace=0.25
 
-Blocks are quantized once, as the preset `default` of SignRound does, and again for settings with other `blocks` or
-`job`. A row of each setting: KL on the text of `--choice`, which nothing is tuned on, to choose a setting by; KL on
-each text of `--valid`, to publish of the one that was chosen, and perplexity on the first; KL on the held-out share of
-the tuned text before and after; weights whose code changed, seconds, and the memory of the device that the stage takes
-beside its text. Models are judged by transformers, as in `benchmarks.number_formats`.
+Blocks are quantized once, as the preset `default` of SignRound does, and again for other settings of the job. A row
+of each setting: KL on the text of `--choice`, which nothing is tuned on, to choose a setting by; KL on each text of
+`--valid`, to publish of the one that was chosen, and perplexity on the first; KL on the held-out share of the tuned
+text before and after; weights whose code changed, seconds, and the memory of the device that the stage takes beside
+its text. Models are judged by transformers, as in `benchmarks.number_formats`.
 
     steps   end to end; 0: blocks as they are
     codes   0: codes stay
@@ -20,6 +20,9 @@ beside its text. Models are judged by transformers, as in `benchmarks.number_for
     seed    of the order of sequences and of the held-out share
     blocks  steps of the blocks, where other than `--steps`
     job     seed of the job: its blocks' sequences, their order, and the stage's
+    samples sequences of the blocks
+    by      what quantizes blocks: 0 SignRound, 1 Block-AP, 2 GSQ (`benchmarks.few_bits.published`)
+    zero    1: with zero points
     settled, averaged, floor, shared, turns, trimmed, bounded   rules of `workers.engine.scales.step_rules`
 
 and sequences that are tuned on besides (`benchmarks.few_bits.texts`); own=1: in place of the calibration's
@@ -33,6 +36,7 @@ and sequences that are tuned on besides (`benchmarks.few_bits.texts`); own=1: in
 import argparse
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +68,10 @@ from workers.numerics.quantized import BlockWeight
 HEADER = "| setting | KL, choice | KL of each text | perplexity | held out, before | after | codes | seconds | GiB |\n"
 TEXTS = ("further", "cut", "written", "free")
 """Settings that are numbers of sequences."""
+BY = ("signround", *BLOCKS)
+OWN_BLOCKS = sign_round.SignRound.quantize_block
+OF_JOBS = ("blocks", "job", "samples", "by", "zero")
+"""Settings for which blocks are made anew."""
 PACE, BOX, RATE, BETAS, BATCH = moving_codes.PACE_CODES, moving_codes.BOX, tuning.LEARNING_RATE, tuning.BETAS, 4
 
 
@@ -236,8 +244,42 @@ def not_compensated(task: BlockTask) -> dict[str, BlockWeight]:
     return {}
 
 
-def run_job(order: AttemptOrder) -> None:
-    """The job of an order, to the stage that ends it."""
+def body_of(given: argparse.Namespace, asked: Mapping[str, float]) -> dict[str, Any]:
+    """The request whose blocks settings share; asked: what they say of the job."""
+    rate = {} if given.learning_rate is None else {"learning_rate": given.learning_rate}
+    only = {"overrides": {given.only: {"scheme": given.scheme}}} if given.only else {}
+    scheme = {"scheme": "q8_0" if only else given.scheme, "modules": only}
+    if given.scheme.startswith("W"):
+        found = parse_scheme(given.scheme)
+        symmetric = found.symmetric and not asked.get("zero")
+        scheme = {"bits": found.bits, "group_size": found.group_size, "symmetric": symmetric}
+    steps = int(asked.get("blocks", given.steps))
+    return {
+        "model": str(Path(given.model).resolve()),
+        "quantization": {"method": "signround", "steps": steps, "scale_steps": 1, **scheme, **rate},
+        "calibration": {
+            "dataset": {"source": "local", "path": str(Path(given.calibration).resolve())},
+            "num_samples": int(asked.get("samples", given.samples)),
+            "sequence_length": given.length,
+        },
+        "evaluation": None,
+        "formats": ["native"],
+        "seed": int(asked.get("job", 0)),
+    }
+
+
+def run_job(given: argparse.Namespace, asked: Mapping[str, float], device: str) -> None:
+    """The job of these settings, to the stage that ends it."""
+    body, by = body_of(given, asked), int(asked.get("by", BY.index(given.blocks)))
+    sign_round.SignRound.quantize_block = BLOCKS.get(BY[by], OWN_BLOCKS)  # type: ignore[method-assign,assignment]
+    order = AttemptOrder(
+        job_id="job_benchmark",
+        attempt=1,
+        request=JobRequest.parse(body),
+        model_path=body["model"],
+        calibration_path=body["calibration"]["dataset"]["path"],
+        device=device,
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
         open_job(order, Path(folder), Reporter(lambda _: None), 0, JobInput.of(order, Path(folder), 0)) as job,
@@ -259,7 +301,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", required=True)
     parser.add_argument("--generations", help="text whose first documents are prompts: 64 greedy tokens are compared")
     parser.add_argument("--only", help="pattern of the linears that have the scheme; others have q8_0")
-    parser.add_argument("--blocks", choices=["signround", *BLOCKS], default="signround", help="what quantizes them")
+    parser.add_argument("--blocks", choices=BY, default="signround", help="what quantizes them")
     parser.add_argument("--start", choices=["gptq", "search"], default="gptq", help="of llama.cpp's types")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
@@ -268,49 +310,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of a block")
     parser.add_argument("--learning-rate", type=float, help="of blocks")
     given = parser.parse_args()
-    model, calibration = (str(Path(p).resolve()) for p in (given.model, given.calibration))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rate = {} if given.learning_rate is None else {"learning_rate": given.learning_rate}
-    only = {"overrides": {given.only: {"scheme": given.scheme}}} if given.only else {}
-    scheme = {"scheme": "q8_0" if only else given.scheme, "modules": only}
-    if given.scheme.startswith("W"):
-        found = parse_scheme(given.scheme)
-        scheme = {"bits": found.bits, "group_size": found.group_size, "symmetric": found.symmetric}
-    if given.blocks in BLOCKS:
-        sign_round.SignRound.quantize_block = BLOCKS[given.blocks]  # type: ignore[method-assign,assignment]
     if given.start == "search":
         sign_round.compensated = not_compensated
     settings = {text: setting_of(text) for text in given.settings}
+    model = str(Path(given.model).resolve())
     texts, judges = Texts(given, model, list(settings.values())), Judges(given, model, device)
     print(HEADER, flush=True)
-    alike: dict[tuple[int, int], dict[str, dict[str, float]]] = {}
+    alike: dict[tuple[tuple[str, float], ...], dict[str, dict[str, float]]] = {}
     for text, setting in settings.items():
-        key = int(setting.get("blocks", given.steps)), int(setting.get("job", 0))
-        alike.setdefault(key, {})[text] = setting
-    for (steps, seed), own in alike.items():
-        body = {
-            "model": model,
-            "quantization": {"method": "signround", "steps": steps, "scale_steps": 1, **scheme, **rate},
-            "calibration": {
-                "dataset": {"source": "local", "path": calibration},
-                "num_samples": given.samples,
-                "sequence_length": given.length,
-            },
-            "evaluation": None,
-            "formats": ["native"],
-            "seed": seed,
-        }
+        of_job = tuple(sorted((name, value) for name, value in setting.items() if name in OF_JOBS))
+        alike.setdefault(of_job, {})[text] = setting
+    for asked, own in alike.items():
         scales.run = stage_of(own, texts, judges)
-        run_job(
-            AttemptOrder(
-                job_id="job_benchmark",
-                attempt=1,
-                request=JobRequest.parse(body),
-                model_path=model,
-                calibration_path=calibration,
-                device=device,
-            )
-        )
+        run_job(given, dict(asked), device)
 
 
 if __name__ == "__main__":
