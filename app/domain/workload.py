@@ -56,9 +56,10 @@ def further_tokens(request: JobRequest) -> int:
     """Tokens that only end-to-end steps see; none where there are no such steps."""
     if request.base_job is not None or not request.quantization.end_to_end_steps():
         return 0
-    # As many as are written where the text has no further ones.
     text = request.calibration
-    return max(text.further_samples, text.written_samples) * text.sequence_length
+    after_text = text.written_samples // 2  # in place of further ones that the text lacks
+    free = text.written_samples - after_text
+    return (free + max(text.further_samples, after_text)) * text.sequence_length
 
 
 def evaluation_tokens(request: JobRequest) -> int:

@@ -105,7 +105,7 @@ def test_the_presets_of_the_methods() -> None:
     coarse = {name: dict(preset.coarse) for name, preset in METHODS["signround"].presets.items()}
     assert coarse == {"light": {}, "default": {}, "best": {"scale_steps": 400}, "max": {"scale_steps": 1200}}
     further = {name: preset.further for name, preset in METHODS["signround"].presets.items()}
-    assert further == {"light": 0, "default": 0, "best": 512, "max": 1920}
+    assert further == {"light": 0, "default": 0, "best": 512, "max": 1408}
 
 
 def test_what_the_recipes_stand_for() -> None:

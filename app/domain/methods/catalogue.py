@@ -92,7 +92,7 @@ SIGNROUND_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
             128,
             2048,
             MappingProxyType({"scale_steps": 1200}),
-            1920,
+            1408,
             1024,
             MappingProxyType({"scale_steps": 1600}),
         ),

@@ -160,7 +160,7 @@ class SignRoundSpec(NamedSchemeSpec):
         "every block is done, and on floating-point grids, in llama.cpp's types and of integers up to 3 bits the "
         "blocks' norms with them; of MXFP4, of llama.cpp's up to 6 bits and of integers up to 3 bits the codes, too. "
         "0 leaves that out. Skipped with a warning where the model does not fit. Of a model of 135M parameters a step "
-        "takes 32 to 42 ms on an H200, and text that the model writes for `max` (`calibration.written_samples`) 50 s.",
+        "takes 32 to 42 ms on an H200; for `max` the model writes text besides (`calibration.written_samples`).",
     )
 
     def tuned_sequences(self, num_samples: int) -> int:

@@ -72,8 +72,8 @@ class Calibration(RequestPart):
         strict=True,
         ge=0,
         le=4096,
-        description="Sequences that the model writes itself where the text has fewer than `further_samples`, half of "
-        "them after places of the text; for the same steps.",
+        description="Sequences that the model writes itself, for the same steps: half of them after a token drawn from "
+        "all, and up to half after places of the text, as many as it has fewer than `further_samples`.",
     )
 
     @property

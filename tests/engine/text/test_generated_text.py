@@ -104,9 +104,10 @@ def test_what_is_written_beside_a_text_begins_with_places_of_it_or_freely(small_
 
 
 @pytest.mark.parametrize(
-    ("own", "further", "written", "expected"), [(3, 8, 4, 4), (6, 8, 4, 2), (8, 8, 4, 0), (3, 0, 4, 4), (0, 0, 0, 0)]
+    ("own", "further", "written", "expected"),
+    [(3, 8, 4, 4), (7, 8, 4, 3), (8, 8, 4, 2), (8, 8, 5, 3), (3, 0, 4, 4), (0, 0, 0, 0)],
 )
-def test_as_much_is_written_as_the_text_has_too_little(
+def test_half_is_written_always_and_as_much_after_the_text_as_it_has_too_little(
     own: int, further: int, written: int, expected: int, small_model: Path, tmp_path: Path
 ) -> None:
     config = Calibration(written_samples=written, further_samples=further, num_samples=5, sequence_length=40)

@@ -5,8 +5,8 @@ sequences differ; every further token is drawn from the model's own distribution
 the text, which is never drawn. The whole model is in memory meanwhile. Left out of the paper: the three to five most
 likely tokens after the first one, which would make sequences alike.
 
-Beside a text, the model writes pieces of 512 tokens: half begin with such a token, half with 16 to 64 tokens of a place
-of the text; shuffled, some make a sequence.
+Beside a text, the model writes pieces of 512 tokens, which begin with such a token; and where there is little text, as
+many that begin with 16 to 64 tokens of a place of it. Shuffled, some make a sequence.
 
 What was drawn is kept in the workspace: a resumed attempt and every rank read the same sequences.
 """
@@ -82,20 +82,25 @@ def generated_sequences(config: Calibration, seed: int, by: Generation) -> Seque
 
 
 def with_written(config: Calibration, text: Sequences, seed: int, by: Generation) -> Sequences:
-    """A text with further sequences that the model writes itself, `written_samples` of them.
+    """A text with further sequences that the model writes itself, up to `written_samples`.
 
-    Fewer where the text has further ones of its own: together at most `further_samples`, if that is asked for. None
-    where the whole model does not fit into the device's free memory.
+    Half of them are free. The others begin with places of the text, and are as many as the text has fewer further ones
+    than `further_samples`; all, if that is not asked for. None where the whole model does not fit into the device's
+    free memory.
 
     Raises:
         TimeoutError: another rank, which was to draw them, has not.
     """
     own = 0 if text.further is None else len(text.further)
-    count = min(config.written_samples, max(0, config.further_samples - own) if config.further_samples else 4096)
+    placed = config.written_samples // 2
+    free = config.written_samples - placed
+    if config.further_samples:
+        placed = min(placed, max(0, config.further_samples - own))
+    count = free + placed
     if not count:
         return text
     shape = (count, config.sequence_length)
-    ids = _kept(by, lambda: _draw_pieces(shape, text.ids, seed, by) if by.fits else text.ids[:0])
+    ids = _kept(by, lambda: _draw_pieces(shape, placed, text.ids, seed, by) if by.fits else text.ids[:0])
     if tuple(ids.shape) not in (shape, (0, shape[1])):
         raise ValueError(f"{by.kept.name} holds {tuple(ids.shape)} tokens, not {shape}")
     further = ids if text.further is None else torch.cat([text.further, ids])
@@ -120,11 +125,14 @@ def _draw(config: Calibration, seed: int, by: Generation) -> Tensor:
     return torch.cat(_continued([starts], config.sequence_length, seed, by, MOST_AT_ONCE))
 
 
-def _draw_pieces(shape: tuple[int, int], text: Tensor, seed: int, by: Generation) -> Tensor:
-    """ids, int64 of that shape (sequences, length), on the host; text: sequences of the calibration."""
+def _draw_pieces(shape: tuple[int, int], placed: int, text: Tensor, seed: int, by: Generation) -> Tensor:
+    """ids, int64 of that shape (sequences, length), on the host; text: sequences of the calibration.
+
+    placed   how many sequences' pieces begin with places of the text
+    """
     pieces = Pieces.of(shape, seed)
-    half = pieces.count // 2
-    return pieces.drawn([free_starts(pieces.count - half, seed, by), *pieces.placed(half, text, by)], by)
+    after = placed * pieces.each
+    return pieces.drawn([free_starts(pieces.count - after, seed, by), *pieces.placed(after, text, by)], by)
 
 
 @dataclass(frozen=True)
