@@ -6,8 +6,10 @@
 One JSON line per run: seconds, perplexity and KL(original || quantized) per token on sequences of 1024 tokens. Our
 seconds are those of the report without loading, evaluation and export; auto-round's are those of its `quantize()`, with
 model and tokenizer loaded already. The first run of the process is cold: its kernels are compiled in it.
+`--auto-round enable_alg_ext=True iters=1000` gives the peer settings of its own, of which each run has one set.
 A preset brings its own number and length of sequences; `recipe` is auto-round's own (200 steps from full ranges, 128
-sequences of 2048 tokens), and `--length` overrides all. auto-round needs the packages auto-round and datasets.
+sequences of 2048 tokens), `quick` is `light` and 250 steps end to end on more text; `--length` overrides all.
+auto-round needs the packages auto-round and datasets.
 """
 
 import argparse
@@ -32,6 +34,11 @@ from workers.engine.run import run
 from workers.formats.load_bitwright import load
 
 SAMPLES, LENGTH = 128, 2048
+ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "recipe": ("default", {"scale_search": False}, {}),
+    "quick": ("light", {"scale_steps": 250}, {"num_samples": 384, "further_samples": 512}),
+}
+"""Names beside those of presets: a preset, and what is asked for otherwise of the method and of the text."""
 EVALUATION_LENGTH = 1024
 
 
@@ -108,14 +115,13 @@ class QualityMeter:
 
 
 def ours(given: argparse.Namespace, scheme: Scheme, preset: str, seed: int, meter: QualityMeter) -> dict[str, Any]:
-    quantization = {"method": "signround", "preset": preset} | scheme.model_dump(exclude={"name"})
-    if preset == "recipe":
-        quantization |= {"preset": "default", "scale_search": False}
+    of_preset, asked, calibration = ARMS.get(preset, (preset, {}, {}))
+    quantization = {"method": "signround", "preset": of_preset, **asked} | scheme.model_dump(exclude={"name"})
     model, text = (str(Path(path).resolve()) for path in (given.model, given.calibration))
     body = {
         "model": model,
         "quantization": quantization,
-        "calibration": {"dataset": {"source": "local", "path": text}}
+        "calibration": {"dataset": {"source": "local", "path": text}, **calibration}
         | ({} if given.length is None else {"sequence_length": given.length}),
         "evaluation": None,
         "formats": ["native"],
@@ -148,6 +154,12 @@ def ours(given: argparse.Namespace, scheme: Scheme, preset: str, seed: int, mete
     )
 
 
+def peer_settings(texts: list[str]) -> dict[str, Any]:
+    """auto-round's own arguments, like `iters=1000` and `enable_alg_ext=True`."""
+    pairs = (text.split("=") for text in texts)
+    return {name: value == "True" if value in ("True", "False") else int(value) for name, value in pairs}
+
+
 def peer(model: str, calibration: str, seed: int, meter: QualityMeter, **asked: Any) -> dict[str, Any]:
     """auto-round's own 200 steps with what is `asked` of it (bits, group_size, sym; or a scheme of its own by name)."""
     from auto_round import AutoRound
@@ -175,7 +187,9 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["W4g64", "W3g64a", "W2g64a"])
     parser.add_argument("--presets", nargs="*", default=["recipe", "default", "light"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--auto-round", action="store_true", help="run the peer, too, with the first seed")
+    parser.add_argument(
+        "--auto-round", nargs="*", help="run the peer, too, with the first seed; NAME=VALUE: its own settings"
+    )
     parser.add_argument("--length", type=int, help="tokens of a calibration sequence, for ours")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--output", type=Path, required=True)
@@ -193,10 +207,10 @@ def main() -> None:
                     {"by": "bitwright", "scheme": text, "preset": preset, "seed": seed}
                     | ours(given, scheme, preset, seed, meter),
                 )
-            if given.auto_round:
+            if given.auto_round is not None:
                 write(
                     output,
-                    {"by": "auto-round", "scheme": text, "seed": given.seeds[0]}
+                    {"by": "auto-round", "scheme": text, "seed": given.seeds[0], "settings": given.auto_round}
                     | peer(
                         given.model,
                         given.calibration,
@@ -205,6 +219,7 @@ def main() -> None:
                         bits=scheme.bits,
                         group_size=scheme.group_size,
                         sym=scheme.symmetric,
+                        **peer_settings(given.auto_round),
                     ),
                 )
 
