@@ -48,7 +48,7 @@ def continued(model: PreTrainedModel, rows: Tensor, length: int, never: int | No
 
 
 class Drawing:
-    """What changes from token to token, all of it on the device and where it was.
+    """The state of a batch, all of it on the device and where it was from the start.
 
     drawn    int64 (sequences, length): the rows, and what was drawn behind them
     place    of the next token, int64 (1,)

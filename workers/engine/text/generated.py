@@ -170,7 +170,7 @@ class Pieces:
         return starts
 
     def drawn(self, starts: list[Tensor], by: Generation) -> Tensor:
-        """What the model makes of the beginnings of all pieces, shuffled, as sequences of the shape."""
+        """Sequences of the shape: all pieces as the model goes on from their beginnings, shuffled."""
         given = [rows for rows in starts if len(rows)]
         drawn = torch.cat(_continued(given, self.length, self.seed, by, MOST_PIECES_AT_ONCE))
         shuffled = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(self.seed + 1))]
