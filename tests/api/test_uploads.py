@@ -155,7 +155,7 @@ def test_a_damaged_uploaded_checkpoint_is_refused(api: Api) -> None:
         (b'{"messages": [{"role": "user", "content": "x"}], "images": ["y"]}', "line 1: images is not honoured"),
         (b'{"text": ""}\n{"text": " "}\n', "holds no text"),
         (b"plain text\n", "line 1 is not JSON"),
-        (b"\xff\xfe\n", "line 1 is not JSON"),
+        (b"\xff\xfe\n", "is a text in UTF-16"),
         (b"[" * 100_000, "line 1 is not JSON"),
         (b"\n\n", "holds no text"),
         (b"", "holds no text"),

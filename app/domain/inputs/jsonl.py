@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 
 from app.domain.inputs.messages import RowProblem
+from app.domain.inputs.mistaken_files import mistaken
 from app.domain.inputs.rows import Row, parse_row
 from app.domain.inputs.side_files import MOST_LEVELS, is_deep
 from app.domain.inputs.task_rows import AskedRow, is_asked, parse_asked
@@ -15,6 +16,11 @@ MAX_LINE_BYTES = 16 << 20
 MAX_ROWS, MAX_TEXT_BYTES = 1_000_000, 1_000_000_000
 """Of a file."""
 LESS = "give fewer rows: calibration and evaluation read a few thousand sequences, or split the file into several jobs"
+SPREAD = {
+    b"[": "write each row of the array on a line of its own: jq -c '.[]' rows.json > rows.jsonl",
+    b"{": "write each object on a line of its own: jq -c . rows.json > rows.jsonl",
+}
+"""First lines of JSON that is spread over several, with the way out."""
 WANTED = 'give a JSON object a line, with "text", with "prompt" and "completion", or with "messages"'
 
 
@@ -86,7 +92,15 @@ def parse_record(line: bytes, number: int, name: str, parse: Parse[RowT]) -> Rec
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
+        if number == 1 and (kind := mistaken(line)):
+            raise InvalidDataset(f"{name} is {kind.what}", field=name, value=_shown(line), hint=kind.hint) from error
+        if number == 1 and line.strip() in SPREAD:
+            detail = f"{name} is JSON over several lines, not a JSON object a line"
+            raise InvalidDataset(detail, field=name, value=_shown(line), hint=SPREAD[line.strip()]) from error
         raise bad_line(name, number, f"not JSON ({error})", line) from error
+    if isinstance(row, list):
+        detail = f"{name}: line {number} is not a JSON object but an array"
+        raise InvalidDataset(detail, field=name, value=_shown(line), hint=SPREAD[b"["])
     if not isinstance(row, Mapping):
         raise bad_line(name, number, "not a JSON object", line)
     if is_deep(row):
@@ -100,8 +114,11 @@ def parse_record(line: bytes, number: int, name: str, parse: Parse[RowT]) -> Rec
 
 def bad_line(name: str, number: int, problem: str, line: bytes) -> InvalidDataset:
     """The error for a line that is no record."""
-    shown = line[:200].decode("utf-8", "replace").rstrip()
-    return InvalidDataset(f"{name}: line {number} is {problem}", field=name, value=shown, hint=WANTED)
+    return InvalidDataset(f"{name}: line {number} is {problem}", field=name, value=_shown(line), hint=WANTED)
+
+
+def _shown(line: bytes) -> str:
+    return line[:200].decode("utf-8", "replace").rstrip()
 
 
 def bad_field(name: str, number: int, problem: RowProblem, row: Mapping[str, Any]) -> InvalidDataset:

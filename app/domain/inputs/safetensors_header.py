@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
 
+from app.domain.inputs.mistaken_files import mistaken
 from bitwright.errors import CorruptCheckpoint
 
 LENGTH_BYTES = 8
@@ -46,6 +47,8 @@ def header_length(prefix: bytes, file_size: int, name: str, most: int = MAX_HEAD
     Raises:
         CorruptCheckpoint: the file is too short, or the length does not fit into it.
     """
+    if kind := mistaken(prefix):
+        raise CorruptCheckpoint(f"{name} is {kind.what}", field=name, hint=kind.hint)
     if len(prefix) < LENGTH_BYTES:
         raise CorruptCheckpoint(f"{name} is truncated: {file_size} bytes hold no safetensors header", field=name)
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")

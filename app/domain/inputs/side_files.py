@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from app.domain.inputs.mistaken_files import mistaken
 from bitwright.errors import CorruptCheckpoint
 
 MIB = 1 << 20
@@ -54,6 +55,8 @@ def read_object(data: bytes, name: str, field: str) -> dict[str, Any]:
     try:
         decoded = json.loads(data)
     except (ValueError, RecursionError) as error:
+        if kind := mistaken(data):
+            raise CorruptCheckpoint(f"{name} is {kind.what}", field=field, value=name, hint=kind.hint) from error
         raise CorruptCheckpoint(f"{name} is not JSON: {error}", field=field, value=name) from error
     if not isinstance(decoded, dict):
         raise CorruptCheckpoint(f"{name} is no JSON object", field=field, value=name)

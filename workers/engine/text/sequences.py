@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from app.domain.inputs.mistaken_files import TOLD_BY, Mistaken, mistaken
 from app.domain.request.job_request import Calibration, Evaluation
 from app.domain.request.sources import CalibrationSource, DatasetSource, ModelSource
 from bitwright.errors import CorruptCheckpoint, InvalidDataset
@@ -85,6 +86,8 @@ def load_tokenizer(folder: Path, needed_for: str = "its text") -> PreTrainedToke
         if there := _tokenizer_files(folder):
             detail = f"the tokenizer ({', '.join(there)}) cannot be read: {_first_line(error, folder)}"
             hint = "save it as tokenizer.json: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+            for name, kind in _mistaken(folder, there):
+                detail, hint = f"the tokenizer's {name} is {kind.what}", kind.hint
         else:
             detail = f"the model has no tokenizer, and {needed_for} needs one"
             hint = "add tokenizer.json and tokenizer_config.json of the model; or ask for a job that reads no text"
@@ -98,6 +101,15 @@ def has_tokenizer(folder: Path) -> bool:
 
 def _tokenizer_files(folder: Path) -> list[str]:
     return sorted({file.name for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
+
+
+def _mistaken(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Mistaken]]:
+    """Those of a folder's files that are something else than their names say."""
+    for name in names:
+        with (folder / name).open("rb") as file:
+            kind = mistaken(file.read(TOLD_BY))
+        if kind is not None:
+            yield name, kind
 
 
 def _first_line(error: Exception, folder: Path) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
 
+from app.domain.inputs.mistaken_files import TOLD_BY, Mistaken, mistaken
 from app.domain.inputs.quantized.stored import SEND_AGAIN
 from bitwright.errors import CorruptCheckpoint, UnsupportedCheckpoint
 
@@ -104,8 +105,9 @@ def parse_gguf(read: Read, file_size: int, name: str) -> GgufHeader:
         UnsupportedCheckpoint: another version or byte order, or a type that is not read.
     """
     cursor = _Cursor(read, file_size, name)
-    if cursor.take(4) != MAGIC:
-        raise _corrupt(name, "does not begin with GGUF")
+    if (begins := cursor.take(4)) != MAGIC:
+        kind = mistaken(begins + read(len(begins), TOLD_BY - len(begins)))
+        raise _corrupt(name, "does not begin with GGUF") if kind is None else _other(name, kind)
     version = cursor.number("I")
     if version not in VERSIONS:
         detail = f"{name} is GGUF of version {version}; read are {VERSIONS[0]} and {VERSIONS[1]}, little-endian"
@@ -174,6 +176,10 @@ def _demand_apart(name: str, tensors: Mapping[str, GgufEntry]) -> None:
 
 def _corrupt(name: str, detail: str) -> CorruptCheckpoint:
     return CorruptCheckpoint(f"{name} {detail}", field="model", value=name, hint=SEND_AGAIN)
+
+
+def _other(name: str, kind: Mistaken) -> CorruptCheckpoint:
+    return CorruptCheckpoint(f"{name} is {kind.what}", field="model", value=name, hint=kind.hint)
 
 
 @dataclass(frozen=True)
