@@ -66,7 +66,9 @@ def test_the_mean_of_widths_takes_the_place_of_a_width() -> None:
     assert width(4, None) == 4
     assert width(None, None) is None
     quantization = JobRequest.parse({"model": "org/name", "method": "lq-lora", "bits": width(None, 2.75)}).quantization
-    assert quantization.budget().average == 2.75
+    budget = quantization.budget()
+    assert budget is not None
+    assert budget.average == 2.75
     with pytest.raises(RequestError) as caught:
         width(4, 2.75)
     assert caught.value.field == "average_bits"

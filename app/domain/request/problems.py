@@ -203,8 +203,8 @@ def unknown_field(model: type[BaseModel], location: Location, shorthand: Sequenc
     if name in short:
         near = f"{name} stands at the top only beside a method that is the recipe of an adapter; "
         return f"there is no such field; {near}there are: {', '.join(known)}; in shorthand also: {', '.join(short)}"
-    if shorthand and (meant := field_meant(name)):
-        return f"there is no such field here; {meant}"
+    if shorthand and (elsewhere := field_meant(name)):
+        return f"there is no such field here; {elsewhere}"
     near = closest(name, [*known, *short])
     meant = f"did you mean {near}? " if near else ""
     besides = f"; in shorthand also: {', '.join(short)}" if short else ""
