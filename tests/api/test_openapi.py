@@ -46,7 +46,7 @@ def test_the_document_is_valid_and_complete(api: Api) -> None:
         assert operation["description"], where
         assert set(operation["tags"]) <= tags, where
         for parameter in operation.get("parameters", []):
-            assert parameter.get("description") or parameter["in"] == "path", f"{where} {parameter['name']}"
+            assert parameter.get("description"), f"{where} {parameter['name']}"
         kind = "application/json" if is_openais(path) else "application/problem+json"
         problems = {status for status, answer in operation["responses"].items() if kind in answer.get("content", {})}
         if path.startswith(("/v1/", "/hub/")):

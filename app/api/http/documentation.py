@@ -35,6 +35,24 @@ TAGS = [
     {"name": "health", "description": "For orchestrators and monitoring."},
 ]
 
+IN_PATHS = {
+    "job_id": "Id of a job, `job_...`.",
+    "artifact_id": "Id of an artifact, `art_...`: the list of a job's artifacts has it.",
+    "upload_id": "Id of an upload, `upl_...`.",
+    "file_id": "Id of a file, as the answer to its upload has it.",
+    "name": "Name of a file, as the upload was announced with it.",
+    "webhook_id": "Id of an endpoint, `whe_...`.",
+    "delivery_id": "Id of a delivery, `whd_...`.",
+    "tenant_id": "Id of a tenant, `tnt_...`.",
+    "key_id": "Id of a key, `key_...`: never the key itself.",
+    "namespace": "`jobs`, or the organization of a job's name.",
+    "repository": "Id of a job or its name, without the organization.",
+    "revision": "`main`, a branch named by a format, or a commit.",
+    "folder": "Folder of the repository.",
+    "path": "Path of a file in the repository.",
+}
+"""Parameters in paths: each name means one thing."""
+
 
 def problems(*codes: str, public: bool = False) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses for these error codes and, unless the route is `public`, those that every route has."""
@@ -55,6 +73,10 @@ def complete_document(document: dict[str, Any]) -> dict[str, Any]:
         if path.startswith("/v1/") and "post" in item:
             # Counted before the route is reached, whichever it is.
             item["post"]["responses"].setdefault("429", _problem(429, ["rate_limit_exceeded"]))
+        for operation in item.values():
+            for parameter in operation.get("parameters", []):
+                if parameter["in"] == "path":
+                    parameter.setdefault("description", IN_PATHS.get(parameter["name"], ""))
         if is_openais(path):
             for operation in item.values():
                 operation["responses"].pop("422", None)  # the framework's own: here such a request is answered with 400
