@@ -205,6 +205,20 @@ def test_the_dtype_is_the_one_that_transformers_takes(change: Change, tmp_path: 
     assert model_dtype(configuration(checkpoint), checkpoint) is expected
 
 
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_a_dtype_that_there_is_not_is_named_where_transformers_refuses_it(field: str, tmp_path: Path) -> None:
+    folder = sharded(tmp_path)
+    fields = json.loads((folder / "config.json").read_text())
+    for other in ("dtype", "torch_dtype"):
+        fields.pop(other, None)
+    (folder / "config.json").write_text(json.dumps({**fields, field: "auto"}))
+    with pytest.raises(AttributeError):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(CorruptCheckpoint) as caught:
+        configuration(Checkpoint.open(folder))
+    assert f"{field} is 'auto', and torch has no dtype of that name" in str(caught.value)
+
+
 def test_texts_are_split_as_transformers_splits_them_whatever_the_file_says(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", "qwen2")
     save_tokenizer(source, LLAMA_3)

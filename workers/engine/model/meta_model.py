@@ -1,5 +1,6 @@
 """Builds a model's modules without weights, in the class and the dtypes in which transformers loads it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
     except (BitwrightError, MemoryError):
         raise
     except Exception as error:  # transformers raises whatever its validators raise
-        words = _words(error, checkpoint.folder)
+        words = _no_dtype(checkpoint.config) or _words(error, checkpoint.folder)
         raise CorruptCheckpoint(
             f"config.json is not a valid {checkpoint.config.get('model_type')} configuration: {words}",
             field="model",
@@ -125,6 +126,15 @@ def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point() and pattern.search(f"{name}.{leaf}"):
                 module._buffers[leaf] = buffer.float()
+
+
+def _no_dtype(config: Mapping[str, object]) -> str | None:
+    """Words about a dtype that torch does not have; None where it has it, or none is named."""
+    for field in ("dtype", "torch_dtype"):
+        named = config.get(field)
+        if isinstance(named, str) and not isinstance(getattr(torch, named.removeprefix("torch."), None), torch.dtype):
+            return f"{field} is {named!r}, and torch has no dtype of that name"
+    return None
 
 
 def _words(error: Exception, folder: Path | None = None) -> str:
