@@ -106,6 +106,9 @@ class BitwrightError(Exception):
         self.value = shorten(value)
         self.hint = hint or (None if errors else self.way_out)
         self.errors = errors
+        problems = [f"{each.field}: {each.detail}" for each in errors] if len(errors) > 1 else []
+        for note in [*problems, *([self.hint] if self.hint else [])]:
+            self.add_note(note)  # a traceback shows it below the detail
 
 
 class RequestError(BitwrightError):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import traceback
 
 import pytest
 
@@ -97,3 +98,18 @@ def test_shorten_survives_what_cannot_be_printed() -> None:
         nested = [nested]
     assert shorten(10**5000) == "int, too large to show"
     assert shorten(nested) == "list, too large to show"
+
+
+def test_a_traceback_shows_the_way_out_and_every_problem() -> None:
+    problems = tuple(
+        errors.FieldProblem(field=field, code="invalid_value", detail=f"mend {field}") for field in ("bits", "method")
+    )
+    for error, lines in (
+        (errors.NotFound("no such job", hint="list them"), ["list them"]),
+        (errors.NotFound("no such job"), [errors.NotFound.way_out]),
+        (errors.InvalidRequest("two problems", errors=problems), ["bits: mend bits", "method: mend method"]),
+        (errors.InvalidRequest("bits: mend bits", errors=problems[:1]), []),
+    ):
+        shown = "".join(traceback.format_exception(error)).splitlines()
+        assert shown == [f"bitwright.errors.{type(error).__name__}: {error.detail}", *lines]
+        assert str(error) == error.detail
