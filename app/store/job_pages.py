@@ -121,12 +121,8 @@ def _page(session: Session, tenant_id: str, filters: JobFilters, after: str | No
 
 def _matching(session: Session, tenant_id: str, filters: JobFilters, after: str | None, limit: int) -> Ids:
     """The ids of a page."""
-    branches = [
-        select(JOB.id).where(JOB.tenant_id == tenant_id, *_before(JOB.id, after), *columns)
-        for columns in _indexed_columns(filters, _passed_over(session, tenant_id, filters))
-    ]
     if not filters.labels:
-        return _newest(branches, limit)
+        return _newest(_by_columns(session, tenant_id, filters, after), limit)
     by_label = {
         name: select(LABEL.job_id).where(*_is_label(tenant_id, name, value), *_before(LABEL.job_id, after))
         for name, value in filters.labels.items()
@@ -140,7 +136,7 @@ def _matching(session: Session, tenant_id: str, filters: JobFilters, after: str 
         return select(JOB.id).where(JOB.id.in_(some), *_columns(filters), *others).order_by(JOB.id.desc()).limit(limit)
     if filters.by_columns and (count >= MANY or _few_by_columns(session, tenant_id, filters)):
         labelled = _has_labels(filters.labels)
-        return _newest([branch.where(*labelled) for branch in branches], limit)
+        return _newest([ids.where(*labelled) for ids in _by_columns(session, tenant_id, filters, after)], limit)
     return (
         by_label[rarest]
         .join(JOBS, JOB.id == LABEL.job_id)
@@ -148,6 +144,12 @@ def _matching(session: Session, tenant_id: str, filters: JobFilters, after: str 
         .order_by(LABEL.job_id.desc())
         .limit(limit)
     )
+
+
+def _by_columns(session: Session, tenant_id: str, filters: JobFilters, after: str | None) -> list[Ids]:
+    """Jobs of the columns, of each part of an index in which they stand in the order of pages."""
+    ours = select(JOB.id).where(JOB.tenant_id == tenant_id, *_before(JOB.id, after))
+    return [ours.where(*each) for each in _indexed_columns(filters, _passed_over(session, tenant_id, filters))]
 
 
 def _rarest(session: Session, by_label: Mapping[str, Ids], most: int) -> tuple[str, int]:
