@@ -14,6 +14,7 @@ from bitwright.errors import InvalidDataset
 
 BETWEEN = " \t\r\n,\ufeff"
 """Characters between two values: blanks, an array's commas, and a file's mark of its encoding."""
+STRINGS = ("string", "large_string")
 DECODER = json.JSONDecoder()
 
 
@@ -39,7 +40,7 @@ def dataset_rows(dataset: HubDataset, commit: str) -> Iterable[Mapping[str, obje
 
 def _objects(dataset: HubDataset, lines: Iterable[str], features: Mapping[str, Any]) -> Iterator[Mapping[str, object]]:
     """The values as rows; numbers of a column that the dataset says to be text are text."""
-    texts = [name for name, feature in features.items() if getattr(feature, "dtype", None) == "string"]
+    texts = [name for name, feature in features.items() if getattr(feature, "dtype", None) in STRINGS]
     number = 0
     try:
         for number, value in enumerate(json_values(lines), 1):
