@@ -63,6 +63,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--train-blocks", type=int, default=6)
     parser.add_argument("--train-batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--more-seeds", type=int, nargs="*", default=[], help="of which the first mix alone is made")
     parser.add_argument("--turns", type=int, default=2, help="of time, after one that warms")
     parser.add_argument("--minutes", type=float, help="no row begins later than that after the start")
     parser.add_argument("--output", type=Path)
@@ -74,16 +75,24 @@ def main() -> None:
     known: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         with machine(given, given.workers) as where:
-            for seed in given.seeds if {"types", "mixes"} & set(given.tables) else ():
-                measure(given, where, given.model, planned(given), seed, Path(folder), known)
-            for seed in given.seeds if "trained" in given.tables else ():
-                train_and_measure(given, where, seed, Path(folder), known)
+            for seed in [*given.seeds, *given.more_seeds]:
+                asked = given if seed in given.seeds else smallest(given)
+                if {"types", "mixes"} & set(asked.tables):
+                    measure(asked, where, asked.model, planned(asked), seed, Path(folder), known)
+                if "trained" in asked.tables:
+                    train_and_measure(asked, where, seed, Path(folder), known)
         print(tables(known), over_seeds(known), sep="\n", flush=True)
         if "time" in given.tables:
             with machine(given, 1) as where:
                 fields = texts_of(given).fields()
                 for line in durations(given.model.resolve(), where, fields, given.mixes, given.turns, Path(folder)):
                     print(line, flush=True)
+
+
+def smallest(given: argparse.Namespace) -> argparse.Namespace:
+    """What is asked of a further seed: the first mix, and no type by itself."""
+    tables = [table for table in given.tables if table in ("mixes", "trained")]
+    return argparse.Namespace(**{**vars(given), "tables": tables, "types": [], "mixes": given.mixes[:1]})
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 No small published checkpoint has such rows, and weights that were never trained say nothing of rounding.
 """
 
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from workers.tiny_model import Recipe, train_tokenizer
 
@@ -22,8 +23,7 @@ def write_trained(
     The matrix of embeddings is the head's. Weights are fp32 while they are trained, products bf16.
     """
     recipe = Recipe(vocabulary=vocabulary, width=WIDTH, positions=2048, length=256, batch=batch, steps=steps, seed=seed)
-    tokenizer = train_tokenizer(text, recipe)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    tokenizer, ids = _tokens(text, vocabulary, recipe.positions)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -44,6 +44,18 @@ def write_trained(
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return loss
+
+
+@cache
+def _tokens(text: str, vocabulary: int, positions: int) -> tuple[PreTrainedTokenizerFast, Tensor]:
+    """A tokenizer of a text, the same for every seed, and the text's tokens, int64 (tokens,).
+
+    Paragraphs are read by themselves: the library takes those of a list on all processors.
+    """
+    tokenizer = train_tokenizer(text, Recipe(vocabulary=vocabulary, width=WIDTH, positions=positions))
+    paragraphs = [f"{paragraph}\n\n" for paragraph in text.split("\n\n")]
+    read = tokenizer(paragraphs, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer, torch.tensor([token for ids in read for token in ids])
 
 
 def _trained(model: LlamaForCausalLM, ids: Tensor, recipe: Recipe, device: str) -> float:

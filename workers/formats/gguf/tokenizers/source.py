@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from bitwright.errors import FormatCannotHold
@@ -63,7 +65,7 @@ class SourceTokenizer:
         backend = getattr(loaded, "backend_tokenizer", None)
         if backend is None:
             raise refusal(f"transformers reads it as {type(loaded).__name__}, which is not of the tokenizers library")
-        return cls(loaded, json.loads(backend.to_str()))
+        return cls(loaded, _described(backend))
 
     def id_of(self, role: str) -> int | None:
         """Id of a special token, by its name in transformers; None if there is none."""
@@ -74,6 +76,13 @@ class SourceTokenizer:
         """Tokens beside the model's own, without those for padding and the like that have no row in the embeddings."""
         optional = {self.id_of(role) for role in ROLES}
         return [t for t in self.described["added_tokens"] if t["id"] < vocabulary or t["id"] not in optional]
+
+
+@lru_cache(maxsize=1)
+def _described(backend: Tokenizer) -> Mapping[str, Any]:
+    """What the tokenizers library says of a tokenizer, decoded once while the same one is asked for."""
+    described: Mapping[str, Any] = json.loads(backend.to_str())
+    return described
 
 
 def steps_of(part: Mapping[str, Any] | None, inside: str) -> list[Mapping[str, Any]]:
