@@ -65,7 +65,7 @@ class Subject:
         """
         write_original(self.model, self.original)
         text = self.texts.sequences(self.model, self.seed)
-        write_importance(self.model, self.original, text.ids, self.machine.device, self.folder / "importance.npz")
+        write_importance(self.model, text.ids, self.machine.device, self.folder / "importance.npz")
         (self.folder / "text").write_text(text.sha256)
         if self.machine.device == "cuda":
             torch.cuda.empty_cache()

@@ -32,7 +32,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_the_original_is_the_model_in_fp32_one_linear_that_a_job_rounded_too(original: Path) -> None:
+def test_the_original_is_the_model_in_fp32(original: Path) -> None:
     whole = GgufConfig(dequantize=True)
     read = AutoModelForCausalLM.from_pretrained(
         original.parent, gguf_file=original.name, quantization_config=whole, dtype=torch.float32
@@ -45,7 +45,7 @@ def test_the_original_is_the_model_in_fp32_one_linear_that_a_job_rounded_too(ori
 
 def test_importance_is_the_mean_square_of_each_linear_s_inputs(original: Path, tmp_path: Path) -> None:
     ids = torch.randint(4, 500, (2, 24), generator=torch.Generator().manual_seed(0))
-    write_importance(tiny_model_folder(), original, ids, "cpu", tmp_path / "importance.npz")
+    write_importance(tiny_model_folder(), ids, "cpu", tmp_path / "importance.npz")
     found = dict(np.load(tmp_path / "importance.npz"))
     linears = {tensor.name for tensor in gguf.GGUFReader(original).tensors if tensor.name.startswith("blk.")}
     assert found.keys() == {name for name in linears if "norm" not in name}

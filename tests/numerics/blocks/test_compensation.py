@@ -79,10 +79,11 @@ def test_a_graph_that_says_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch
 def test_replays_say_what_kernels_say_and_keep_what_they_said(
     name: str, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compensation._recorder.cache_clear()
+    recorder = fresh(monkeypatch)
     calls = [given(name, columns, seed, "cuda") for seed in range(4)]
     expected = [plainly(call) for call in calls]
     found = [compensate(*call) for call in calls[:2]]  # one of them is captured
+    assert recorder.unused is None
     monkeypatch.setattr(compensation, "eliminate", _never)  # what follows is replayed
     found += [compensate(*call) for call in calls[2:]]
     for one, other in zip(found, expected, strict=True):
@@ -91,7 +92,7 @@ def test_replays_say_what_kernels_say_and_keep_what_they_said(
 
 @pytest.mark.gpu
 def test_what_cannot_be_captured_is_called_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    compensation._recorder.cache_clear()
+    recorder = fresh(monkeypatch)
     calls = [given("q4_0", 96, seed, "cuda") for seed in range(4)]
     expected, waits = [plainly(call) for call in calls], eliminate
 
@@ -102,6 +103,33 @@ def test_what_cannot_be_captured_is_called_each_time(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(compensation, "eliminate", waiting)
     for call, other in zip(calls, expected, strict=True):
         assert_same(compensate(*call), other)
+    assert recorder.unused is not None
+
+
+@pytest.mark.gpu
+def test_a_graph_is_captured_after_one_that_could_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that a failed one was to have is not begun with again."""
+
+    def waiting(*_: Tensor) -> BlockWeight:
+        torch.cuda.synchronize()
+        return plainly(call)
+
+    call, failed = given("q4_0", 96, 0, "cuda"), fresh(monkeypatch)
+    for _ in range(3):
+        assert_same(failed.result(waiting, (call[0],)), plainly(call))
+    later = compensation._Recorder()
+    for _ in range(3):
+        assert_same(later.result(lambda *_: plainly(call), (call[0],)), plainly(call))
+    assert failed.unused is not None
+    assert later.unused is None
+
+
+def fresh(monkeypatch: pytest.MonkeyPatch) -> compensation._Recorder:
+    """One recorder of all kinds, and a pool that no graph has held: one goes with the last of its graphs."""
+    recorder = compensation._Recorder()
+    monkeypatch.setattr(compensation, "_recorder", lambda _: recorder)
+    compensation._pool.cache_clear()
+    return recorder
 
 
 def _never(*_: object) -> BlockWeight:

@@ -48,9 +48,13 @@ def compensate(
 
 
 class _Recorder:
-    """Calls of one kind: the first as it is written, the second captured, every further one replayed."""
+    """Calls of one kind: the first as it is written, the second captured, every further one replayed.
+
+    unused   why there is no graph; None: there is one, or none was tried
+    """
 
     def __init__(self) -> None:
+        self.unused: str | None = None
         self._seen = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._places: tuple[Tensor, ...] = ()
@@ -66,8 +70,8 @@ class _Recorder:
         if self._seen == 2:
             self._capture(function, given)
             found = self._replayed(given)
-            if found is None or not same_bytes(found, made):
-                self._graph = None
+            if found is not None and not same_bytes(found, made):
+                self.unused, self._made = "it says otherwise", None  # the graph stays, and its pool with it
         return made
 
     def _replayed(self, given: tuple[Tensor, ...]) -> BlockWeight | None:
@@ -92,8 +96,10 @@ class _Recorder:
                     made = function(*places)
                 finally:
                     graph.capture_end()
-        except RuntimeError:  # memory has run out, too
+        except RuntimeError as error:  # memory has run out, too
             torch.cuda.set_stream(before)
+            self.unused = str(error)
+            _pool.cache_clear()  # one that no graph holds any more is not begun with again
             return
         before.wait_stream(stream)
         self._graph, self._places, self._made = graph, places, made
