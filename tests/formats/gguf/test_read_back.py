@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from workers.formats.gguf.read_back import _Reader
+from workers.formats.gguf.read_back import LONG, _Reader
 
 LISTS = {
     "texts": ["", "a", "naïve", "東京", "b" * 300],
@@ -36,3 +36,22 @@ def test_fields_and_tensors_are_those_of_the_package(tmp_path: Path) -> None:
         assert all(np.array_equal(one, other) for one, other in zip(found.parts, field.parts, strict=True))
     assert quick.fields["test.texts"].contents() == LISTS["texts"]
     assert np.array_equal(quick.tensors[0].data, stock.tensors[0].data)
+
+
+def test_of_a_vocabulary_it_keeps_how_many_items_there_are(tmp_path: Path) -> None:
+    file, count = tmp_path / "model.gguf", LONG + 3
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_array("test.texts", [f"text {index}" for index in range(count)])
+    writer.add_array("test.numbers", [7] * count)
+    writer.add_string("test.last", "what follows")
+    writer.add_tensor("some.weight", np.ones((2, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    quick = _Reader(file)
+    assert [len(quick.fields[name].data) for name in ("test.texts", "test.numbers")] == [count, count]
+    assert quick.fields["test.texts"].contents() == [""] * count
+    assert quick.fields["test.numbers"].contents() == [7] * count
+    assert quick.fields["test.last"].contents() == "what follows"
+    assert np.array_equal(quick.tensors[0].data, np.ones((2, 4), np.float32))

@@ -6,8 +6,9 @@ are read back as a caller would read them, and compared with the source.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from math import isclose
@@ -19,7 +20,7 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, modeling_gguf_pytorch_utils
 
 from workers.formats.gguf.tokenizers.source import SourceTokenizer
 
@@ -49,6 +50,8 @@ PROBE = (
 
 _ARRAY, _LENGTH = Struct("<IQ"), Struct("<Q")
 """The beginning of a list, the type of its items and how many they are; and that of a text, its bytes."""
+LONG = 1024
+"""Items of a list whose items a configuration may need; one with more is a vocabulary's, whose length it may need."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def _tokenizes_otherwise(folder: Path, file: str, source: Path) -> bool:
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
-    """gguf-py's reader over plain memory, which goes through lists of texts at once.
+    """gguf-py's reader over plain memory, which goes through lists at once and only counts the items of long ones.
 
     A slice of a `numpy.memmap` takes several times as long as one of an array, and each token of a vocabulary takes ten
     in the package's own loop. Only for files of little-endian numbers, as all are that are written here.
@@ -137,28 +140,51 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
         self._bytes = np.asarray(mapped)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        memory = self._bytes.data
-        kind, count = _ARRAY.unpack_from(memory, orig_offs) if raw_type == GGUFValueType.ARRAY else (raw_type, 0)
-        if (raw_type, kind) != (GGUFValueType.ARRAY, GGUFValueType.STRING):
+        if raw_type != GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        parts, at = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)], orig_offs + _ARRAY.size
+        number, count = _ARRAY.unpack_from(self._bytes.data, orig_offs)
+        kind, at = GGUFValueType(number), orig_offs + _ARRAY.size
+        parts, end = self._texts(at, count) if kind == GGUFValueType.STRING else self._numbers(at, count, kind)
+        step = len(parts) // count if 0 < count <= LONG else 0
+        items = [2 + step * (index + 1) - 1 if step else 2 for index in range(count)]
+        head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+        return end - orig_offs, head + parts, items, [GGUFValueType.ARRAY, kind] if count else [GGUFValueType.ARRAY]
+
+    def _texts(self, at: int, count: int) -> tuple[list[NDArray[Any]], int]:
+        """Length and bytes of each text of a list, of a long one an empty text, and where the list ends."""
+        parts, memory = list[NDArray[Any]](), self._bytes.data
         for _ in range(count):
             text = at + _LENGTH.size
             end = text + _LENGTH.unpack_from(memory, at)[0]
-            parts += (self._bytes[at:text].view(np.uint64), self._bytes[text:end])
+            if count <= LONG:
+                parts += (self._bytes[at:text].view(np.uint64), self._bytes[text:end])
             at = end
-        return at - orig_offs, parts, list(range(3, len(parts), 2)), [GGUFValueType.ARRAY, GGUFValueType.STRING]
+        return (parts if count <= LONG else [self._bytes[:0]]), at
+
+    def _numbers(self, at: int, count: int, kind: GGUFValueType) -> tuple[list[NDArray[Any]], int]:
+        """Each number of a list, of a long one the first, and where the list ends."""
+        numbers = self._get(at, self.gguf_scalar_to_np[kind], count)
+        return [numbers[index : index + 1] for index in range(count if count <= LONG else 1)], at + numbers.nbytes
 
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """Context in which transformers reads a file's metadata once, for configuration and tokenizer together."""
-    stock = gguf.GGUFReader
-    gguf.GGUFReader = cache(_Reader)
+    """Context in which transformers reads a file's configuration once, for itself and for the tokenizer."""
+    reader, load = gguf.GGUFReader, modeling_gguf_pytorch_utils.load_gguf_checkpoint
+
+    @cache
+    def loaded(file: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = load(file)["config"]
+        return found
+
+    def config_of(file: str, **_: object) -> dict[str, Any]:
+        return {"config": deepcopy(dict(loaded(file)))}
+
+    gguf.GGUFReader, modeling_gguf_pytorch_utils.load_gguf_checkpoint = _Reader, config_of
     try:
         yield
     finally:
-        gguf.GGUFReader = stock
+        gguf.GGUFReader, modeling_gguf_pytorch_utils.load_gguf_checkpoint = reader, load
 
 
 @contextmanager
