@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,7 @@ def library_config(folder: Path, config: Mapping[str, Any]) -> PreTrainedConfig:
 def library_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, whose class may follow from its configuration; whatever transformers raises goes
     through. Code in the folder is never run.
-
-    The last one that was read is kept, for a job asks for its model's many times: it is for reading only.
     """
-    files = sorted((file.name, file.stat()) for file in folder.iterdir() if file.is_file())
-    return _tokenizer(folder, tuple((name, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in files))
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(folder: Path, _files: tuple[tuple[str, int, int, int], ...]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder with such files: names, inodes, bytes and times of change."""
     file = folder / FILE
     given = {"config": library_config(folder, json.loads(file.read_bytes()))} if file.is_file() else {}
     made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

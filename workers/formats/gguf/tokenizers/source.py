@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from bitwright.errors import FormatCannotHold
@@ -47,13 +46,13 @@ class SourceTokenizer:
 
     @classmethod
     def read(cls, folder: Path) -> "SourceTokenizer":
-        """The tokenizer of a checkpoint.
+        """The tokenizer of a checkpoint; the last one that was read is kept, for a job writes and compares it often.
 
         Raises:
             FormatCannotHold: transformers cannot load it, or it is not one of the tokenizers library.
         """
         try:
-            loaded = library_tokenizer(folder)
+            loaded, described = _read(folder, _state(folder))
         except Exception as error:  # transformers passes on whatever its parsers raise
             if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
                 raise FormatCannotHold(
@@ -62,10 +61,9 @@ class SourceTokenizer:
                     hint="add the model's tokenizer.json, or leave gguf out of formats",
                 ) from error
             raise refusal(f"transformers cannot read it: {error}") from error
-        backend = getattr(loaded, "backend_tokenizer", None)
-        if backend is None:
+        if described is None:
             raise refusal(f"transformers reads it as {type(loaded).__name__}, which is not of the tokenizers library")
-        return cls(loaded, _described(backend))
+        return cls(loaded, described)
 
     def id_of(self, role: str) -> int | None:
         """Id of a special token, by its name in transformers; None if there is none."""
@@ -78,11 +76,18 @@ class SourceTokenizer:
         return [t for t in self.described["added_tokens"] if t["id"] < vocabulary or t["id"] not in optional]
 
 
+def _state(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Names, inodes, bytes and times of change of a folder's files."""
+    files = sorted((file.name, file.stat()) for file in folder.iterdir() if file.is_file())
+    return tuple((name, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in files)
+
+
 @lru_cache(maxsize=1)
-def _described(backend: Tokenizer) -> Mapping[str, Any]:
-    """What the tokenizers library says of a tokenizer, decoded once while the same one is asked for."""
-    described: Mapping[str, Any] = json.loads(backend.to_str())
-    return described
+def _read(folder: Path, _state: object) -> tuple[PreTrainedTokenizerBase, Mapping[str, Any] | None]:
+    """A folder's tokenizer and its description, None where it is not of the tokenizers library; for reading only."""
+    loaded = library_tokenizer(folder)
+    backend = getattr(loaded, "backend_tokenizer", None)
+    return loaded, None if backend is None else json.loads(backend.to_str())
 
 
 def steps_of(part: Mapping[str, Any] | None, inside: str) -> list[Mapping[str, Any]]:
