@@ -21,6 +21,7 @@ import numpy as np
 from gguf import GGUFValueType
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, modeling_gguf_pytorch_utils
+from transformers.integrations.gguf import reader
 
 from workers.formats.gguf.tokenizers.source import SourceTokenizer
 
@@ -51,7 +52,7 @@ PROBE = (
 _ARRAY, _LENGTH = Struct("<IQ"), Struct("<Q")
 """The beginning of a list, the type of its items and how many they are; and that of a text, its bytes."""
 LONG = 1024
-"""Items of a list whose items a configuration may need; one with more is a vocabulary's, whose length it may need."""
+"""Items of the longest list that a configuration reads; one with more is a vocabulary's, and its length is a number."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _tokenizes_otherwise(folder: Path, file: str, source: Path) -> bool:
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
-    """gguf-py's reader over plain memory, which goes through lists at once and only counts the items of long ones.
+    """gguf-py's reader over plain memory, which goes through lists at once and shows no items of long ones.
 
     A slice of a `numpy.memmap` takes several times as long as one of an array, and each token of a vocabulary takes ten
     in the package's own loop. Only for files of little-endian numbers, as all are that are written here.
@@ -145,13 +146,13 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
         number, count = _ARRAY.unpack_from(self._bytes.data, orig_offs)
         kind, at = GGUFValueType(number), orig_offs + _ARRAY.size
         parts, end = self._texts(at, count) if kind == GGUFValueType.STRING else self._numbers(at, count, kind)
-        step = len(parts) // count if 0 < count <= LONG else 0
-        items = [2 + step * (index + 1) - 1 if step else 2 for index in range(count)]
+        step = len(parts) // count if parts else 1
         head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+        items = list(range(1 + step, 2 + len(parts), step))
         return end - orig_offs, head + parts, items, [GGUFValueType.ARRAY, kind] if count else [GGUFValueType.ARRAY]
 
     def _texts(self, at: int, count: int) -> tuple[list[NDArray[Any]], int]:
-        """Length and bytes of each text of a list, of a long one an empty text, and where the list ends."""
+        """Length and bytes of each text of a list, none of a long one, and where the list ends."""
         parts, memory = list[NDArray[Any]](), self._bytes.data
         for _ in range(count):
             text = at + _LENGTH.size
@@ -159,18 +160,21 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
             if count <= LONG:
                 parts += (self._bytes[at:text].view(np.uint64), self._bytes[text:end])
             at = end
-        return (parts if count <= LONG else [self._bytes[:0]]), at
+        return parts, at
 
     def _numbers(self, at: int, count: int, kind: GGUFValueType) -> tuple[list[NDArray[Any]], int]:
-        """Each number of a list, of a long one the first, and where the list ends."""
+        """Each number of a list, none of a long one, and where the list ends."""
         numbers = self._get(at, self.gguf_scalar_to_np[kind], count)
-        return [numbers[index : index + 1] for index in range(count if count <= LONG else 1)], at + numbers.nbytes
+        return [numbers[index : index + 1] for index in range(count if count <= LONG else 0)], at + numbers.nbytes
 
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """Context in which transformers reads a file's configuration once, for itself and for the tokenizer."""
-    reader, load = gguf.GGUFReader, modeling_gguf_pytorch_utils.load_gguf_checkpoint
+    """Context in which transformers reads a file's configuration once, for itself and for the tokenizer.
+
+    Its own reader of tokens goes over plain memory, too.
+    """
+    stock, load, mapped = gguf.GGUFReader, modeling_gguf_pytorch_utils.load_gguf_checkpoint, reader._mapped
 
     @cache
     def loaded(file: str) -> Mapping[str, Any]:
@@ -181,10 +185,12 @@ def _read_once() -> Iterator[None]:
         return {"config": deepcopy(dict(loaded(file)))}
 
     gguf.GGUFReader, modeling_gguf_pytorch_utils.load_gguf_checkpoint = _Reader, config_of
+    reader._mapped = lambda file: mapped(file).data
     try:
         yield
     finally:
-        gguf.GGUFReader, modeling_gguf_pytorch_utils.load_gguf_checkpoint = reader, load
+        gguf.GGUFReader, modeling_gguf_pytorch_utils.load_gguf_checkpoint = stock, load
+        reader._mapped = mapped
 
 
 @contextmanager
