@@ -16,7 +16,7 @@ from workers.contracts.blocks import BlockTask
 from workers.contracts.layer_tasks import SideBySide, quantize_in_order, same_inputs
 from workers.methods.apiq import ApiQ, corrected_weights
 from workers.methods.rtn import RTN, quantize_weight
-from workers.numerics.clipped_groups import ClippedGroups
+from workers.numerics.clipping.clipped_groups import ClippedGroups
 from workers.numerics.quantized import LinearResult
 
 SCHEMES = [

@@ -15,7 +15,7 @@ from workers.contracts.blocks import BlockTask
 from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
 from workers.methods.omniquant import ClippedWeights, OmniQuant, clipping_gradients
 from workers.methods.rtn import RTN
-from workers.numerics import clipped_groups
+from workers.numerics.clipping import clipped_groups
 
 SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric)

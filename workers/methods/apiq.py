@@ -12,7 +12,7 @@ also corrects inherited errors. A starts from U(-1/sqrt(in), 1/sqrt(in)), B = 0,
 
     dL/dA = (alpha/r) * B^T D       dL/dB = (alpha/r) * D A^T
     dL/dgamma, dL/dbeta             straight through the rounding of W/s, none through that of z
-                                    (`workers.numerics.clipped_groups`, `workers.numerics.learned_ranges`)
+                                    (`workers.numerics.clipping.clipped_groups`, `workers.numerics.learned_ranges`)
 
 AdamW with decoupled weight decay, two constant learning rates: 5e-3 for gamma and beta, 5e-4 for A and B, decay 0.1.
 The decay pulls gamma and beta toward tighter clipping, which is part of the method.
@@ -53,7 +53,7 @@ from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningOutcome, TuningSettings
 from workers.numerics.adamw import AdamW
 from workers.numerics.backend import factor_kernels
-from workers.numerics.clipped_groups import ClippedGroups, GroupStart, clipping_warm_ups
+from workers.numerics.clipping.clipped_groups import ClippedGroups, GroupStart, clipping_warm_ups
 from workers.numerics.clipping.factor_places import FactorPlaces
 from workers.numerics.learned_ranges import working_dtype
 from workers.numerics.quantized import LinearResult, LowRank, Number, QuantizedWeight

@@ -122,10 +122,13 @@ def quantizer(spec: LoftQSpec, schemes: Sequence[Scheme], scale_dtype: torch.dty
 
     def together(weights: Tensor) -> tuple[list[QuantizedWeight], Tensor]:
         whole = _round_to_nearest(weights.flatten(0, 1), schemes[0], scale_dtype, dtype)
-        parts = (whole.codes, whole.scale, *(() if whole.zero_point is None else (whole.zero_point,)))
-        split = zip(*(part.unflatten(0, weights.shape[:2]) for part in parts), strict=True)
-        found = [AffineWeight(c, s, *(z or (None,)), schemes[0], dtype) for c, s, *z in split]
-        return [*found], whole.dequantize().to(weights.dtype).view_as(weights)
+        count, rows, _ = weights.shape
+        codes, scale = whole.codes.view(count, rows, -1), whole.scale.view(count, rows, -1)
+        zero = None if whole.zero_point is None else whole.zero_point.view(count, rows, -1)
+        found: list[QuantizedWeight] = [
+            AffineWeight(codes[i], scale[i], None if zero is None else zero[i], schemes[0], dtype) for i in range(count)
+        ]
+        return found, whole.dequantize().to(weights.dtype).view_as(weights)
 
     # Affine grids know nothing beyond their group; maxima's second level has a number for a whole linear.
     return together if spec.base == "affine" and len(set(schemes)) == 1 else each

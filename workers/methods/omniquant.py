@@ -41,7 +41,7 @@ from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningSettings
 from workers.numerics.affine import GroupRange, affine_grid, round_to_grid
-from workers.numerics.clipped_groups import ClippedGroups, GroupStart, clipping_warm_ups
+from workers.numerics.clipping.clipped_groups import ClippedGroups, GroupStart, clipping_warm_ups
 from workers.numerics.learned_ranges import steps
 from workers.numerics.quantized import LinearResult, Number
 

@@ -59,14 +59,17 @@ from workers.contracts.results import BlockResult
 from workers.contracts.tuning import Gradients, TuningSettings
 from workers.numerics.affine import GroupRange, round_to_grid
 from workers.numerics.backend import block_rounding_kernels, float_rounding_kernels, rounding_kernels
+from workers.numerics.backends.rounding.block_rounding_operators import BlockGroups
+from workers.numerics.backends.rounding.float_rounding_operators import FloatGroups
 from workers.numerics.backends.rounding.rounding_operators import GridSettings, Groups
 from workers.numerics.blocks.search import search_blocks
-from workers.numerics.blocks.tuned_blocks import TunedBlocks
+from workers.numerics.blocks.tuned_blocks import tuned_blocks
 from workers.numerics.blocks.warm_up import block_warm_ups
 from workers.numerics.eight_bits import backward as eight_bits
-from workers.numerics.floats.tuned_floats import TunedFloats
+from workers.numerics.floats.tuned_floats import tuned_floats
 from workers.numerics.learned_ranges import steps, working_dtype
 from workers.numerics.quantized import AffineWeight, BlockWeight, LinearResult, Number
+from workers.numerics.tuned_codes import TunedCodes
 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 """Limits of alpha and beta: a full range may only shrink, a searched one may also widen."""
@@ -130,7 +133,7 @@ def rounded_weights(
     search: bool,
     settings: TuningSettings | None = None,
     starts: Mapping[str, BlockWeight] = MappingProxyType({}),
-) -> list["RoundedWeights | TunedFloats | TunedBlocks"]:
+) -> list["Tuned"]:
     """The block's linears in groups of the same scheme and group width.
 
     search    whether ranges start from those with the least rounding error
@@ -138,12 +141,12 @@ def rounded_weights(
     starts    of linears in llama.cpp's types; those that have none begin with the search of round to nearest
     """
     second_moments, amax = task.second_moments if search else {}, task.joined_amax()
-    made: list[RoundedWeights | TunedFloats | TunedBlocks] = []
+    made: list[Tuned] = []
     for (scheme, width), weights in task.alike().items():
         if scheme.form is Form.BLOCKS:
-            made.append(TunedBlocks(weights, {name: starts.get(name) or _searched(task, name) for name in weights}))
+            made.append(tuned_blocks(weights, {name: starts.get(name) or _searched(task, name) for name in weights}))
         elif scheme.form is Form.FLOAT:
-            made.append(TunedFloats(weights, scheme, task.scale_dtype, second_moments, amax))
+            made.append(tuned_floats(weights, scheme, task.scale_dtype, second_moments, amax))
         else:
             made.append(RoundedWeights(weights, scheme, width, task.scale_dtype, second_moments, settings))
     return made
@@ -310,6 +313,10 @@ class RoundedWeights:
             )
             results[name] = LinearResult(weight)
         return results
+
+
+Tuned = RoundedWeights | TunedCodes[FloatGroups] | TunedCodes[BlockGroups]
+"""What the loop tunes, by the form of a scheme."""
 
 
 METHOD = Method(SignRoundSpec, SignRound())

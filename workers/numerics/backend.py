@@ -142,7 +142,7 @@ class DescentKernels(Protocol):
 
 
 class ClippingKernels(Protocol):
-    """Groups whose ranges are clipped by learned factors; `workers.numerics.clipped_groups` has them in operators."""
+    """Groups whose ranges are clipped by learned factors: `workers.numerics.clipping.clipped_groups`."""
 
     def write(self, state: ClippedState, settings: GridSettings, w_hat: Tensor) -> None: ...
     def step(

@@ -21,8 +21,8 @@ from workers.engine.tune import tuner as tuner_module
 from workers.engine.tune.tuner import Tuner
 from workers.methods import apiq
 from workers.methods.sign_round import SignRound
-from workers.numerics import clipped_groups
 from workers.numerics.backends.rounding import float_rounding_operators
+from workers.numerics.clipping import clipped_groups
 from workers.numerics.floats import tuned_floats
 from workers.numerics.quantized import LinearResult
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from app.domain.methods import Scheme
 from tests.methods.test_omniquant import by_autograd
 from workers.numerics.affine import GroupRange
-from workers.numerics.clipped_groups import ClippedGroups, GroupStart
+from workers.numerics.clipping.clipped_groups import ClippedGroups, GroupStart
 
 kernels = pytest.importorskip("workers.numerics.clipping.kernels")
 

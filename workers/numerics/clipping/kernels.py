@@ -1,6 +1,6 @@
 """Triton kernels of clipped groups: two passes over a block's weights in place of thirty in eager code.
 
-For every group of G columns (formulas: `workers.numerics.clipped_groups`), in fp32, a pass makes any of
+For every group of G columns (formulas: `workers.numerics.clipping.clipped_groups`), in fp32, a pass makes any of
 
     SLOPE  dL/ds of the present scale for D = dL/dw_hat, and the step counted
     WRITE  w_hat of the present logits

@@ -7,8 +7,9 @@ from torch import Tensor
 from app.domain.methods import BLOCK_SCHEMES, Scheme, SchemeName
 from workers.numerics.backends.rounding import block_rounding_operators as operators
 from workers.numerics.blocks.search import search_blocks
-from workers.numerics.blocks.tuned_blocks import TunedBlocks
+from workers.numerics.blocks.tuned_blocks import tuned_blocks
 from workers.numerics.quantized import BlockWeight
+from workers.numerics.tuned_codes import TunedCodes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -18,8 +19,8 @@ def start(name: SchemeName, seed: int = 0) -> tuple[Tensor, BlockWeight]:
     return weight, search_blocks(weight, Scheme.named(name))
 
 
-def tuned(weight: Tensor, made: BlockWeight) -> TunedBlocks:
-    return TunedBlocks({"only": weight}, {"only": made})
+def tuned(weight: Tensor, made: BlockWeight) -> TunedCodes[operators.BlockGroups]:
+    return tuned_blocks({"only": weight}, {"only": made})
 
 
 def differentiable(place: Tensor, made: BlockWeight) -> Tensor:

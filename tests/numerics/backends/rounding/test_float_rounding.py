@@ -10,7 +10,7 @@ from app.domain.methods import Scheme, SchemeName
 from app.domain.methods.named_schemes import Element
 from workers.numerics.backends.rounding import float_rounding_operators as plain
 from workers.numerics.backends.rounding.float_rounding_operators import FloatGroups
-from workers.numerics.floats.tuned_floats import TunedFloats
+from workers.numerics.floats.tuned_floats import tuned_floats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
@@ -44,7 +44,7 @@ def test_steps_equal_signed_descent_by_autograd_in_fp64(scheme: Scheme) -> None:
     torch.manual_seed(2)
     weight = torch.randn(12, 64, dtype=torch.float64)
     inputs, target = torch.randn(20, 64, dtype=torch.float64), torch.randn(20, 12, dtype=torch.float64)
-    ours = TunedFloats({"only": weight}, scheme, torch.float32)
+    ours = tuned_floats({"only": weight}, scheme, torch.float32)
     factor = ours.state.factor.repeat_interleave(ours.state.weight.shape[1]).view_as(weight)
     v = torch.zeros_like(weight, requires_grad=True)
     w_hat = torch.empty_like(weight)
@@ -62,11 +62,11 @@ def test_steps_equal_signed_descent_by_autograd_in_fp64(scheme: Scheme) -> None:
     ours.keep(torch.tensor(True))
     result = ours.results()["only"]
     assert torch.equal(result.dequantize(), w_hat.float().double())
-    assert not torch.equal(result.weight.codes, TunedFloats({"only": weight}, scheme, torch.float32).state.codes)
+    assert not torch.equal(result.weight.codes, tuned_floats({"only": weight}, scheme, torch.float32).state.codes)
 
 
 def test_nan_moves_nothing_and_is_counted() -> None:
-    ours = TunedFloats({"only": torch.randn(4, 32)}, SCHEMES[0], torch.float32)
+    ours = tuned_floats({"only": torch.randn(4, 32)}, SCHEMES[0], torch.float32)
     gradient = torch.zeros(4, 32)
     gradient[1, 3] = float("nan")
     ours.step(gradient, torch.tensor(0.25), torch.empty(4, 32))

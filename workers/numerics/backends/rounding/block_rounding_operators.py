@@ -41,6 +41,10 @@ class BlockGroups:
         """All tensors by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def restart(self) -> None:
+        """Sets what steps move to its start."""
+        self.place.copy_(self.start)
+
 
 def warm_ups(*_: object) -> list[Callable[[], object]]:
     """An empty list: nothing is compiled."""

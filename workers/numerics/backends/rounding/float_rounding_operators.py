@@ -42,6 +42,10 @@ class FloatGroups:
         """All tensors by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def restart(self) -> None:
+        """Sets what steps move to its start."""
+        self.offset.zero_()
+
 
 def write(groups: FloatGroups, element: Element, w_hat: Tensor) -> None:
     """Writes w_hat of the present V."""
