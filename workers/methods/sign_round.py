@@ -316,7 +316,7 @@ class RoundedWeights:
 
 
 Tuned = RoundedWeights | TunedCodes[FloatGroups] | TunedCodes[BlockGroups]
-"""What the loop tunes, by the form of a scheme."""
+"""A scheme's linears as the loop tunes them, by the form of their weights."""
 
 
 METHOD = Method(SignRoundSpec, SignRound())
