@@ -201,8 +201,8 @@ def unknown_field(model: type[BaseModel], location: Location, shorthand: Sequenc
         verb = "has" if len(others) == 1 else "have"
         return f"{location[-2]} has no {name}; {_one_of(others, 'and')} {verb} it"
     if name in short:
-        near = f"{name} stands at the top only beside a method that is the recipe of an adapter; "
-        return f"there is no such field; {near}there are: {', '.join(known)}; in shorthand also: {', '.join(short)}"
+        beside = f"{name} stands at the top only beside a method that is the recipe of an adapter; "
+        return f"there is no such field; {beside}there are: {', '.join(known)}; in shorthand also: {', '.join(short)}"
     if shorthand and (elsewhere := field_meant(name)):
         return f"there is no such field here; {elsewhere}"
     near = closest(name, [*known, *short])
