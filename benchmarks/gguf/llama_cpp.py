@@ -66,7 +66,8 @@ def obeyed(order: Quantize | Judge) -> dict[str, Any]:
         RuntimeError: it fails; with the end of what it wrote.
     """
     command = [sys.executable, "-m", "benchmarks.gguf.llama_cpp", type(order).__name__, json.dumps(asdict(order))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # Its log names tokens, which are bytes and no text.
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         raise RuntimeError(f"llama.cpp: {done.stderr[-2000:] or done.returncode}")
     answer = json.loads(done.stdout.splitlines()[-1])
