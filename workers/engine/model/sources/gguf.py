@@ -93,6 +93,7 @@ class GgufSource:
     tensors   parameter's name -> how it is made
     what      the file in words
     tokens    whether it holds a tokenizer
+    rules     what it says of its tokenizer's rules, by its own keys
     computed  tensors of rotary frequencies, by the file's names
     """
 
@@ -100,6 +101,7 @@ class GgufSource:
     tensors: Mapping[str, GgufTensor]
     what: str
     tokens: bool
+    rules: Mapping[str, object]
     computed: Mapping[str, GgufTensor]
 
 
@@ -119,7 +121,9 @@ def read_gguf(file: Path) -> GgufSource:
         for name, entry in header.tensors.items()
         if COMPUTED.fullmatch(name)
     }
-    return GgufSource(config, sources, gguf_words(header), "tokenizer.ggml.tokens" in header.counts, computed)
+    rules = {key: value for key, value in header.metadata.items() if key.startswith("tokenizer.ggml.")}
+    tokens = "tokenizer.ggml.tokens" in header.counts
+    return GgufSource(config, sources, gguf_words(header), tokens, rules, computed)
 
 
 def gguf_header(file: Path) -> GgufHeader:

@@ -11,11 +11,13 @@ import torch
 from transformers import AutoTokenizer
 
 from app.domain.inputs.quantized.registry import QuantizedSource
-from workers.engine.model.sources.gguf import GgufTensor, read_gguf
+from workers.engine.model.sources.gguf import GgufSource, GgufTensor, read_gguf
 from workers.engine.model.sources.presented import PresentedFolder
 from workers.engine.model.sources.recipe import DTYPES, Dequantized, Recipe, presented_config, presented_dtype
+from workers.formats.gguf.tokenizers.named_rules import check_rules, with_rules
 from workers.formats.source_files import copy_files
 
+OWN_TOKENIZER = "tokenizer*.json"
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*")
 
 
@@ -60,10 +62,13 @@ def present_gguf(file: Path, scratch: Path | None, made: Path | None = None) -> 
     made   a scratch folder of the same file, whose tokenizer is taken rather than made again
 
     Raises:
-        CorruptCheckpoint, UnsupportedCheckpoint: as `read_gguf`.
+        CorruptCheckpoint, UnsupportedCheckpoint: as `read_gguf`, or its tokenizer splits text by unknown rules.
     """
     source = read_gguf(file)
-    fill = partial(_save_tokenizer, file, source.config["vocab_size"]) if source.tokens else _nothing
+    fill = _nothing
+    if source.tokens and not any(file.parent.glob(OWN_TOKENIZER)):  # the folder's own goes before one that is made anew
+        check_rules(source.rules, file.name)
+        fill = partial(_save_tokenizer, file, source)
     if made is not None and (made / file.parent.name).is_dir():
         fill = partial(_take_tokenizer, made / file.parent.name)
     folder = PresentedFolder(file.parent, source.config, scratch, fill)
@@ -86,13 +91,13 @@ def _take_tokenizer(made: Path, folder: Path) -> None:
     copy_files(made, folder, TOKENIZER)
 
 
-def _save_tokenizer(file: Path, vocabulary: object, folder: Path) -> None:
-    """The tokenizer that transformers makes of a file; none where the file has none that it reads.
+def _save_tokenizer(file: Path, source: GgufSource, folder: Path) -> None:
+    """The tokenizer that transformers makes of a file, with the file's own rules; none where it cannot read it.
 
     A token that its class adds on its own has no row in the embeddings (GPT-2's end of text), and goes.
     """
-    if any(folder.glob("tokenizer*.json")):
-        return  # the folder's own goes before the one that is made anew
+    if any(folder.glob(OWN_TOKENIZER)):
+        return
     try:
         made = AutoTokenizer.from_pretrained(
             file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
@@ -100,8 +105,8 @@ def _save_tokenizer(file: Path, vocabulary: object, folder: Path) -> None:
     except Exception:  # transformers raises whatever its parsers raise; what needs a tokenizer says that there is none
         return
     made.save_pretrained(folder)
-    saved = folder / "tokenizer.json"
-    described = json.loads(saved.read_bytes())
+    saved, vocabulary = folder / "tokenizer.json", source.config["vocab_size"]
+    described = with_rules(json.loads(saved.read_bytes()), source.rules)
     described["added_tokens"] = [
         token for token in described["added_tokens"] if not isinstance(vocabulary, int) or token["id"] < vocabulary
     ]
