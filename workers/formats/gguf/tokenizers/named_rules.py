@@ -1,4 +1,4 @@
-"""What a GGUF file's tokenizer says of its rules, put into the tokenizer that transformers makes of the file.
+"""Rules that the metadata of a GGUF file name for its tokenizer, put into the one that transformers makes of the file.
 
 A file names the rules by which a text is split before merges (`tokenizer.ggml.pre`). transformers knows the names of
 some and splits by GPT-2's rules wherever it knows none, without a word; digits and other scripts are other tokens then.
