@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # optimum-quanto 0.2.7, `quantize(model, weights=qint4)`: 4-bit weights have groups, and one guesses that all linears of a model have the same
 # (128), or that a width which it does not divide is refused. Each linear gets a size of its own, without a word: 576 inputs have groups
-# of 96, 640 have 128, 896 have 128, 60 have none at all, one scale for the whole row. No runtime's kernel takes 96, and the rows of one
-# scale are several times as far away from the original as those beside them.
+# of 96, 640 have 128, 896 have 128, 60 have none at all, one scale for the whole row. No runtime's kernel takes
+# 96, and what reads the size from one linear has another for the rest.
 #
 # Needs a network for the installation only (PIP_ARGS for an index of CPU builds). Exits non-zero if the behaviour changes.
 set -euo pipefail

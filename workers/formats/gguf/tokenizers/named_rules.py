@@ -28,7 +28,7 @@ from workers.formats.gguf.tokenizers.source import steps_of
 
 MODEL, PRE, SPACE_PREFIX = "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.add_space_prefix"
 UNNAMED = frozenset({None, "default"})
-"""What files of before rules had names say: they are read as transformers reads them."""
+"""Names in files that are older than names of rules: transformers' own reading stays."""
 Steps = Sequence[Mapping[str, Any]]
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 DIGITS = {"type": "Digits", "individual_digits": True}
