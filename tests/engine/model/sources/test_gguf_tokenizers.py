@@ -19,7 +19,8 @@ from workers.formats.library_config import library_tokenizer
 
 TEXT = (
     "The 3 quick foxes, aged 12 and 345, don't jump over 6789 dogs: naïve cafe\u0301, Größe, 東京で2026年。 "
-    "x9876543210y They'LL see 1234567 is 50% off $5\n\n\tdef f(x):  return x**2  # über\r\n   CamelÉCase، a.b/c trailing   "
+    "x9876543210y They'LL see 1234567 is 50% off $5\n\n\tdef f(x):  return x**2  # über\r\n"
+    "   CamelÉCase، a.b/c trailing   "
 )
 QUICK = ["deepseek-v3", "llama-bpe", "falcon", "smollm", "llama, never"]
 """Rules that transformers does not know, those that it knows, and a space that is not put before a text."""
