@@ -208,7 +208,7 @@ def test_one_file_that_is_short_keeps_an_upload_open(database: Database, tenant:
         uploads = UploadRepository(session, tenant)
         uploads.advance(upload_id, TEXT.name, start=0, end=10)
         assert [file.offset for file in uploads.advance(upload_id, other.name, start=0, end=4).files] == [10, 4]
-        with pytest.raises(Conflict, match=r"not all bytes have arrived: other\.json \(4 of 5 bytes\)$"):
+        with pytest.raises(Conflict, match=r"not all bytes have arrived: other\.json \(4 of 5 bytes\)\n"):
             uploads.complete(upload_id)
 
 

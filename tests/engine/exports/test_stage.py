@@ -63,7 +63,7 @@ def test_the_report_is_the_jobs_and_says_where_it_comes_from(job: dict[str, Path
     assert report.size == before.size.model_copy(update={"bytes_files": {"gptq": size}})
     assert report.loads == ()
     assert report.plan["export"] is True
-    assert report.seconds["total"] < before.seconds["total"]
+    assert "quantize" in before.seconds.keys() - report.seconds.keys(), "its own clock, and no block is computed again"
     card, own = ((folder / "README.md").read_text() for folder in (tmp_path / "output" / "gptq", job["gptq"]))
     added = "- Exported from the result of job `job_1`, whose codes and figures these are\n"
     assert added in card

@@ -54,7 +54,7 @@ def _written(folder: Path, kind: str) -> tuple[Tokenizer, Path]:
 @pytest.mark.parametrize("kind", [each for each in _kinds() if "gemma4" not in str(each)])
 def test_a_files_tokenizer_splits_and_reads_text_as_the_one_that_it_was_made_of(kind: str, tmp_path: Path) -> None:
     original, file = _written(tmp_path, kind)
-    config = {"vocab_size": original.get_vocab_size()}
+    config: dict[str, object] = {"vocab_size": original.get_vocab_size()}
     source = GgufSource(config, {}, "", True, gguf_header(file).metadata, {})
     (tmp_path / "made").mkdir()
     _save_tokenizer(file, source, tmp_path / "made")
