@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme
-from app.domain.methods.block_types import BlockType
+from app.domain.methods.block_types import ODD_LEVELS, BlockType
 from app.domain.methods.named_schemes import Element
 from workers.numerics import loops
 from workers.numerics.adamw import AdamW
@@ -139,6 +139,40 @@ class DescentKernels(Protocol):
         pull: Tensor,
     ) -> None: ...
     def warm_ups(self, columns: int, kind: BlockType, device: torch.device) -> list[Callable[[], object]]: ...
+
+
+class SubBlockLoops(Protocol):
+    """Fits of sub-blocks; `workers.numerics.backends.sub_block_loops` describes the functions."""
+
+    def fit_factors(
+        self,
+        numbers: Tensor,
+        weights: Tensor,
+        kind: BlockType,
+        divisors: Sequence[float],
+        *,
+        unsigned: bool,
+        refinements: int,
+    ) -> tuple[Tensor, Tensor]: ...
+    def fit_with_offsets(
+        self,
+        numbers: Tensor,
+        weights: Tensor,
+        kind: BlockType,
+        divisors: Sequence[float],
+        *,
+        free: bool,
+        alike: float,
+        refinements: int,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class LevelLoops(Protocol):
+    """Levels of some columns that move in turn; `workers.numerics.backends.column_loops` describes the functions."""
+
+    def move_levels(
+        self, kind: BlockType, levels: Tensor, pull: Tensor, factor: Tensor, near: Tensor, changes: Tensor
+    ) -> None: ...
 
 
 class ClippingKernels(Protocol):
@@ -276,8 +310,10 @@ def float_rounding_kernels(device: torch.device, dtype: torch.dtype) -> FloatRou
 
 
 def block_rounding_kernels(device: torch.device, dtype: torch.dtype) -> BlockRoundingKernels:
-    """Rounding kernels of llama.cpp's types for places of this dtype."""
-    return _block_rounding_kernels() if triton_serves(device, dtype) else block_rounding_operators
+    """Rounding kernels of llama.cpp's types for weights of this dtype."""
+    if triton_serves(device, dtype):
+        return _block_rounding_kernels()
+    return _block_rounding_loops() if loops_serve(device, dtype) else block_rounding_operators
 
 
 def column_kernels(device: torch.device, dtype: torch.dtype) -> ColumnKernels:
@@ -303,6 +339,21 @@ def search_kernels(device: torch.device, dtype: torch.dtype) -> SearchKernels | 
 def descent_kernels(device: torch.device, dtype: torch.dtype) -> DescentKernels | None:
     """Kernels for a sweep with H in this dtype; None if torch's operators compute it."""
     return _descent_kernels() if triton_serves(device, dtype) else None
+
+
+def level_loops(kind: BlockType, device: torch.device, dtype: torch.dtype) -> LevelLoops | None:
+    """Loops that move a type's levels in this dtype; None if torch's operators compute it."""
+    return _level_loops() if loops_know(kind, device, dtype) else None
+
+
+def sub_block_loops(kind: BlockType, device: torch.device, dtype: torch.dtype) -> SubBlockLoops | None:
+    """Loops that fit a type's sub-blocks in this dtype; None if torch's operators compute it."""
+    return _sub_block_loops() if loops_know(kind, device, dtype) else None
+
+
+def loops_know(kind: BlockType, device: torch.device, dtype: torch.dtype) -> bool:
+    """True of all types but those whose levels are points of a lattice, in fp32 on a CPU."""
+    return kind.levels != ODD_LEVELS and device.type == "cpu" and dtype == torch.float32
 
 
 def block_kernels(device: torch.device, dtype: torch.dtype) -> BlockKernels | None:
@@ -361,8 +412,29 @@ def _block_loops() -> BlockKernels:
 
 
 @cache
+def _level_loops() -> LevelLoops:
+    from workers.numerics.backends import column_loops as loops  # noqa: PLC0415 - Numba
+
+    return loops
+
+
+@cache
+def _sub_block_loops() -> SubBlockLoops:
+    from workers.numerics.backends import sub_block_loops as loops  # noqa: PLC0415 - Numba
+
+    return loops
+
+
+@cache
 def _rounding_loops() -> RoundingKernels:
     from workers.numerics.backends.rounding import rounding_loops as kernels  # noqa: PLC0415 - Numba
+
+    return kernels
+
+
+@cache
+def _block_rounding_loops() -> BlockRoundingKernels:
+    from workers.numerics.backends.rounding import block_rounding_loops as kernels  # noqa: PLC0415 - Numba
 
     return kernels
 

@@ -23,6 +23,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operators until a test says otherwise, and few programs, at which the interpreter is slow."""
     monkeypatch.setattr(backend, "triton_serves", lambda *_: False)
+    monkeypatch.setattr(backend, "loops_know", lambda *_: False)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(search_kernels, "PROGRAM_ELEMENTS", 8192)
 
@@ -73,7 +74,7 @@ def test_the_search_finds_blocks_as_good_as_the_operators(name: str, monkeypatch
     monkeypatch.setattr("workers.numerics.blocks.search.search_kernels", lambda *_: search_kernels)
     ours = search_blocks(weight, scheme, importance)
     assert torch.equal(ours.scale.isnan(), plain.scale.isnan())
-    usual = [row for row in range(16) if row not in (3, 4, 5)]
+    usual = [row for row in range(16) if row not in (3, 5)]
     found, expected = (
         ((made.dequantize() - weight).square() * importance).sum(1)[usual].double() for made in (ours, plain)
     )

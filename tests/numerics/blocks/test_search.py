@@ -266,3 +266,13 @@ def test_rows_that_are_not_whole_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="no blocks in rows of 576"):
         search_blocks(torch.ones(2, 576), Scheme.named(SchemeName.Q4_K))
     assert replace(search_blocks(torch.ones(2, 576), Scheme.named(SchemeName.Q5_0))).shape == (2, 576)
+
+
+@pytest.mark.parametrize("value", [2.0, 1.5, -0.7, 0.01, -3e-3])
+@pytest.mark.parametrize("name", sorted(BLOCK_SCHEMES - {SchemeName.IQ3_S}))
+def test_weights_that_are_all_one_number_stay_it(name: SchemeName, value: float) -> None:
+    """As far as the type's scales tell numbers apart: levels that are all one leave factor and offset open."""
+    weight, importance = torch.full((2, 512), value), torch.rand(512, generator=torch.Generator().manual_seed(0))
+    for weights in (None, importance):
+        made = search_blocks(weight, Scheme.named(name), weights).dequantize()
+        assert float((made - weight).abs().max()) < 0.015 * abs(value)

@@ -19,8 +19,7 @@ from app.domain.methods import Scheme
 from app.domain.methods.block_types import ODD_LEVELS, BlockType
 from app.domain.methods.named_schemes import Element
 from workers.numerics.affine import Grid, GroupRange, affine_grid, round_to_grid
-from workers.numerics.blocks.levels import QUAD, nearest_levels
-from workers.numerics.blocks.sub_blocks import inverse
+from workers.numerics.blocks.levels import QUAD, inverse, nearest_levels
 from workers.numerics.floats.elements import rounded
 
 COLUMNS = 128

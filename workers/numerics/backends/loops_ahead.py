@@ -5,14 +5,20 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from app.domain.methods import Scheme, SchemeName
 from workers.numerics.backends import block_loops
 from workers.numerics.backends.rounding import rounding_loops
 from workers.numerics.backends.rounding.rounding_operators import GridSettings, Groups
+from workers.numerics.blocks.descent import descend
+from workers.numerics.blocks.search import search_blocks
+from workers.numerics.blocks.tuned_blocks import tuned_blocks
 from workers.numerics.product_dtype import product_dtype
 
 DTYPES = (torch.bfloat16,)
 """Of models; others compile when they come."""
 GROUPS, WIDTH = 4, 32
+BLOCK_TYPES = (SchemeName.Q4_0, SchemeName.Q4_1, SchemeName.IQ4_NL)
+"""One whose levels are whole numbers, one with offsets, and one whose levels are neither."""
 
 
 def compile_all() -> None:
@@ -23,6 +29,8 @@ def compile_all() -> None:
             _round(dtype, gradient, symmetric=symmetric)
     for dtype in DTYPES:
         _pass_both_ways(dtype)
+        for gradient, name in product({dtype, product_dtype(torch.device("cpu"), dtype)}, BLOCK_TYPES):
+            _learn_blocks(dtype, gradient, Scheme.named(name))
 
 
 def _round(dtype: torch.dtype, gradient: torch.dtype, *, symmetric: bool) -> None:
@@ -43,6 +51,16 @@ def _round(dtype: torch.dtype, gradient: torch.dtype, *, symmetric: bool) -> Non
         w_hat=torch.empty_like(weight),
     )
     rounding_loops.keep(groups, settings, torch.tensor(True))
+
+
+def _learn_blocks(dtype: torch.dtype, gradient: torch.dtype, scheme: Scheme) -> None:
+    """From the search by way of a sweep to a step and what is kept."""
+    weight = torch.ones(GROUPS, 5 * WIDTH, dtype=dtype)
+    made = descend(weight, search_blocks(weight, scheme), torch.eye(weight.shape[1]), 1)
+    tuned, w_hat = tuned_blocks({"": weight}, {"": made}), torch.empty_like(weight)
+    tuned.write(w_hat)
+    tuned.step(torch.ones_like(weight, dtype=gradient), torch.tensor(0.1), w_hat)
+    tuned.keep(torch.tensor(True))
 
 
 def _pass_both_ways(dtype: torch.dtype) -> None:

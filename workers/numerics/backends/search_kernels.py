@@ -22,11 +22,12 @@ from workers.numerics.backends.column_kernels import _inverse, _nearest_level, _
 from workers.numerics.blocks.levels import NEIGHBOURS, neighbours
 from workers.numerics.blocks.search import ROUNDS, second_divisors
 from workers.numerics.blocks.stored_parts import columns_of, empty_weight
-from workers.numerics.blocks.sub_blocks import REFINEMENTS, edges_of, trials_of
+from workers.numerics.blocks.sub_blocks import ALIKE, REFINEMENTS, edges_of, trials_of
 from workers.numerics.quantized import BlockWeight
 
 PROGRAM_ELEMENTS = 1024
 NEAR = tl.constexpr(NEIGHBOURS)
+SAME = tl.constexpr(ALIKE)
 LARGEST = tl.constexpr(65504.0)
 """Of fp16."""
 
@@ -226,8 +227,11 @@ def _solved(  # type: ignore[no-untyped-def]
     error = energy - slope * product
     if OFFSET_KIND > 0:
         total, first, one = tl.sum(weights, 2), tl.sum(weights * numbers, 2), tl.sum(weights * levels, 2)
-        inverse = _inverse(total * two - one * one)
-        both, shift = (total * product - first * one) * inverse, (two * first - one * product) * inverse
+        determinant = total * two - one * one
+        alike = determinant <= SAME * total * two
+        inverse = _inverse(determinant)
+        both = tl.where(alike, 0.0, (total * product - first * one) * inverse)
+        shift = tl.where(alike, first * _inverse(total), (two * first - one * product) * inverse)
         if OFFSET_KIND == 2:
             slope = tl.where(shift > 0, slope, both)
             shift = tl.minimum(shift, 0.0)

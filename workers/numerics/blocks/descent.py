@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from app.domain.methods.block_types import ODD_LEVELS, BlockType, SmallIntegers
-from workers.numerics.backend import descent_kernels
-from workers.numerics.blocks.levels import QUAD, codes_of, level_table, nearest_levels
+from workers.numerics.backend import descent_kernels, level_loops
+from workers.numerics.blocks.levels import QUAD, codes_of, inverse, level_table, nearest_levels
 from workers.numerics.blocks.stored_parts import of_rows
-from workers.numerics.blocks.sub_blocks import inverse
 from workers.numerics.quantized import BlockWeight
 
 COLUMNS = 128
@@ -104,29 +103,35 @@ class _State:
 
     def move_codes(self) -> None:
         """Levels of all columns in turn, each the nearest to where its error would be least."""
-        kind, width = self.kind, QUAD if self.kind.levels == ODD_LEVELS else 1
+        loops, factors = level_loops(self.kind, self.levels.device, self.levels.dtype), self._factors()
         for first in range(0, self.levels.shape[1], COLUMNS):
             batch = slice(first, min(first + COLUMNS, self.levels.shape[1]))
             near, changes = self.hessian[batch, batch], torch.zeros_like(self.levels[:, batch])
-            pull = self.pull[:, batch].clone()
-            factor = self._factors(batch)
-            if width == QUAD:
-                self._move_points(batch, near, factor, pull, changes)
+            pull, parts = (
+                self.pull[:, batch].clone(),
+                slice(first // self.kind.columns, batch.stop // self.kind.columns),
+            )
+            if loops is not None:
+                loops.move_levels(self.kind, self.levels[:, batch], pull, factors[:, parts], near, changes)
             else:
-                steps, levels = inverse(factor) / near.diagonal(), self.levels[:, batch]
-                for j in range(near.shape[0]):
-                    now, before = slice(j, j + 1), levels[:, j : j + 1]
-                    after = nearest_levels(torch.addcmul(before, pull[:, now], steps[:, now], value=-1), kind)
-                    change = torch.mul(after - before, factor[:, now], out=changes[:, now])
-                    pull.addmm_(change, near[now])
-                    before.copy_(after)
+                factor = factors[:, parts].repeat_interleave(self.kind.columns, 1)
+                move = self._move_points if self.kind.levels == ODD_LEVELS else self._move_levels
+                move(batch, near, factor, pull, changes)
             self.pull.addmm_(changes, self.hessian[batch])
 
-    def _factors(self, columns: slice) -> Tensor:
-        """Factors of some columns, (out, columns)."""
-        whole = self.scale.repeat_interleave(self.kind.weights // self.kind.columns, 1) * self.numbers
-        at = torch.arange(columns.start, columns.stop, device=whole.device) // self.kind.columns
-        return whole.index_select(1, at)
+    def _factors(self) -> Tensor:
+        """Factors of all sub-blocks, (out, sub-blocks)."""
+        return self.scale.repeat_interleave(self.kind.weights // self.kind.columns, 1) * self.numbers
+
+    def _move_levels(self, batch: slice, near: Tensor, factor: Tensor, pull: Tensor, changes: Tensor) -> None:
+        """Levels in turn; `pull` and `changes` of the batch follow."""
+        steps, levels = inverse(factor) / near.diagonal(), self.levels[:, batch]
+        for j in range(near.shape[0]):
+            now, before = slice(j, j + 1), levels[:, j : j + 1]
+            after = nearest_levels(torch.addcmul(before, pull[:, now], steps[:, now], value=-1), self.kind)
+            change = torch.mul(after - before, factor[:, now], out=changes[:, now])
+            pull.addmm_(change, near[now])
+            before.copy_(after)
 
     def _move_points(self, batch: slice, near: Tensor, factor: Tensor, pull: Tensor, changes: Tensor) -> None:
         """Points of a lattice in turn; `pull` and `changes` of the batch follow."""

@@ -1,4 +1,4 @@
-"""Levels of llama.cpp's block types: the table that codes index, and the level nearest to a number.
+"""Levels of llama.cpp's block types: the table that codes index, the level nearest to a number, and what to scale by.
 
 Uneven levels are found between their midpoints. IQ3_S has its magnitudes four by four from a lattice of 512 points
 (the table of the package gguf), its signs apart.
@@ -42,11 +42,18 @@ def nearest_levels(numbers: Tensor, kind: BlockType, weights: Tensor | None = No
     return table.index_select(0, halves.flatten()).view(numbers.shape)
 
 
+def inverse(numbers: Tensor) -> Tensor:
+    """1 / numbers, and 0 where they are 0."""
+    return torch.where(numbers == 0, 0.0, 1 / numbers)
+
+
 def codes_of(levels: Tensor, kind: BlockType) -> Tensor:
     """Codes of levels, uint8."""
     if kind.uniform:
         return (levels - kind.levels[0]).to(torch.uint8)
-    return torch.bucketize(levels.contiguous(), _middles(kind, levels.device)).to(torch.uint8)
+    first, codes = _codes_by_halves(kind, levels.device)
+    halves = (levels * 2).sub_(first).clamp_(0, len(codes) - 1).int().clamp_(0, len(codes) - 1)  # of NaN, too
+    return codes.index_select(0, halves.flatten()).view(levels.shape)
 
 
 def place_of(numbers: Tensor, kind: BlockType) -> Tensor:
@@ -108,6 +115,13 @@ def levels_by_halves(kind: BlockType, device: torch.device) -> tuple[int, Tensor
     middles, table = _middles(kind, device), level_table(kind, device)
     halves = torch.arange(first, last + 1, device=device) / 2
     return first, table[torch.bucketize(halves, middles, right=True)]
+
+
+@cache
+def _codes_by_halves(kind: BlockType, device: torch.device) -> tuple[int, Tensor]:
+    """A first number of halves, and the code of the level that each is, uint8."""
+    first, levels = levels_by_halves(kind, device)
+    return first, torch.bucketize(levels, _middles(kind, device)).to(torch.uint8)
 
 
 @cache

@@ -20,9 +20,9 @@ from torch import Tensor
 from app.domain.methods import Scheme
 from app.domain.methods.block_types import BlockType, SmallIntegers
 from workers.numerics.backend import search_kernels
-from workers.numerics.blocks.levels import codes_of, nearest_levels
+from workers.numerics.blocks.levels import codes_of, inverse, nearest_levels
 from workers.numerics.blocks.stored_parts import empty_weight, rows_of
-from workers.numerics.blocks.sub_blocks import Fit, fit_sub_blocks, inverse
+from workers.numerics.blocks.sub_blocks import Fit, fit_sub_blocks
 from workers.numerics.quantized import BlockWeight
 
 ROUNDS = 2

@@ -5,7 +5,8 @@ range:
 
     l = level nearest to (x - o) / f_t
     without an offset    f = sum(a x l) / sum(a l^2)                          least squares with these levels
-    with one             f, o jointly, o <= 0 where the type asks for it      (else o = 0, and f as above)
+    with one             f, o jointly, o <= 0 where the type asks for it      (else o = 0, and f as above); where all
+                         levels are one, which leaves f open, f = 0 and o the mean of x
 
 The pair of the least sum a (x - f l - o)^2 over the trials is kept, and refined by the same two steps in turn.
 """
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from app.domain.methods.block_types import ODD_LEVELS, BlockType
-from workers.numerics.blocks.levels import nearest_levels
+from workers.numerics.backend import sub_block_loops
+from workers.numerics.blocks.levels import inverse, nearest_levels
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Trials:
 
 
 REFINEMENTS = 2
+ALIKE = 1e-6
+"""Share of the levels' mean square that their variance is at most where they count as one: it is rounding in fp32."""
 
 
 def trials_of(kind: BlockType) -> Trials:
@@ -73,16 +77,16 @@ def fit_sub_blocks(numbers: Tensor, weights: Tensor, kind: BlockType) -> Fit:
     return _fit_with_offset(numbers, weights, kind) if kind.offset else _fit_factor(numbers, weights, kind)
 
 
-def inverse(numbers: Tensor) -> Tensor:
-    """1 / numbers, and 0 where they are 0."""
-    return torch.where(numbers == 0, 0.0, 1 / numbers)
-
-
 def _fit_factor(numbers: Tensor, weights: Tensor, kind: BlockType) -> Fit:
+    edges, loops = edges_of(kind), sub_block_loops(kind, numbers.device, numbers.dtype)
+    if loops is not None:
+        divisors = [edge * spread for spread in trials_of(kind).spreads() for edge in edges]
+        unsigned = len(edges) == 1
+        factor, error = loops.fit_factors(numbers, weights, kind, divisors, unsigned=unsigned, refinements=REFINEMENTS)
+        return Fit(factor, torch.zeros_like(factor), error)
     weighted = weights * numbers
     energy = (weighted * numbers).sum(-1)
     widest = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    edges = edges_of(kind)
     widest = widest.abs() if len(edges) == 1 else widest
 
     def solved(factor: Tensor) -> Fit:
@@ -107,7 +111,10 @@ def _fit_factor(numbers: Tensor, weights: Tensor, kind: BlockType) -> Fit:
 
 def _fit_with_offset(numbers: Tensor, weights: Tensor, kind: BlockType) -> Fit:
     """Offsets of either sign where they are stored as they are, else none above 0."""
-    free = kind.minimums is None
+    free, loops = kind.minimums is None, sub_block_loops(kind, numbers.device, numbers.dtype)
+    if loops is not None:
+        given = (numbers, weights, kind, trials_of(kind).spreads())
+        return Fit(*loops.fit_with_offsets(*given, free=free, alike=ALIKE, refinements=REFINEMENTS))
     low, high = numbers.amin(-1), numbers.amax(-1)
     low = low if free else low.clamp(max=0)
     weighted = weights * numbers
@@ -120,8 +127,9 @@ def _fit_with_offset(numbers: Tensor, weights: Tensor, kind: BlockType) -> Fit:
         by_level = weights * levels
         one, two, product = by_level.sum(-1), (by_level * levels).sum(-1), (weighted * levels).sum(-1)
         determinant = total * two - one * one
-        slope = (total * product - first * one) * inverse(determinant)
-        shift = (two * first - one * product) * inverse(determinant)
+        alike = determinant <= ALIKE * total * two
+        slope = torch.where(alike, 0.0, (total * product - first * one) * inverse(determinant))
+        shift = torch.where(alike, first * inverse(total), (two * first - one * product) * inverse(determinant))
         if not free:
             above = shift > 0
             slope, shift = torch.where(above, product * inverse(two), slope), shift.clamp(max=0)

@@ -23,8 +23,8 @@ def tuned_blocks(weights: Mapping[str, Tensor], starts: Mapping[str, BlockWeight
     """Linears of one block type with the places of their weights (out, in), and what they begin as."""
     axis = BlockAxis(next(iter(starts.values())).kind)
     own = {name: starts[name] for name in weights}
-    state = _start(axis, weights, own)
-    return TunedCodes(own, state, axis, block_rounding_kernels(state.place.device, state.place.dtype))
+    state, weight = _start(axis, weights, own), next(iter(weights.values()))
+    return TunedCodes(own, state, axis, block_rounding_kernels(weight.device, weight.dtype))
 
 
 def _start(axis: BlockAxis, weights: Mapping[str, Tensor], starts: Mapping[str, BlockWeight]) -> BlockGroups:

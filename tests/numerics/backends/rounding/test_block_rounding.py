@@ -102,11 +102,13 @@ def test_sub_blocks_without_a_factor_do_not_move() -> None:
     assert not w_hat[2].any()
 
 
-@pytest.mark.parametrize("name", ["q2_k", "q3_k", "iq4_nl", "iq3_s"])
-def test_kernels_give_the_bits_of_the_plain_steps(name: str) -> None:
-    kernels = pytest.importorskip("workers.numerics.backends.rounding.block_rounding_kernels")
-    weight = start(SchemeName(name))[0].bfloat16().to(DEVICE)
-    made, yes = search_blocks(weight, Scheme.named(SchemeName(name))), torch.tensor(True, device=DEVICE)
+@pytest.mark.parametrize("backend", ["kernels", "loops"])
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_0", "q5_1", "iq4_nl", "iq3_s"])
+def test_kernels_give_the_bits_of_the_plain_steps(name: str, backend: str) -> None:
+    kernels = pytest.importorskip(f"workers.numerics.backends.rounding.block_rounding_{backend}")
+    device = DEVICE if backend == "kernels" else "cpu"
+    weight = start(SchemeName(name))[0].bfloat16().to(device)
+    made, yes = search_blocks(weight, Scheme.named(SchemeName(name))), torch.tensor(True, device=device)
     runs = []
     for module in (operators, kernels):
         of, seen, w_hat = tuned(weight, made), list[Tensor](), torch.empty_like(weight)
@@ -115,9 +117,9 @@ def test_kernels_give_the_bits_of_the_plain_steps(name: str) -> None:
         of.write(w_hat)
         for _ in range(3):
             seen.append(w_hat.clone())
-            gradient = torch.randn(weight.shape, generator=generator).bfloat16().to(DEVICE)
+            gradient = torch.randn(weight.shape, generator=generator).bfloat16().to(device)
             gradient[0, 1], gradient[2], gradient[3, 5] = float("nan"), 0, float("inf")
-            of.step(gradient, torch.tensor(0.4, device=DEVICE), w_hat)
+            of.step(gradient, torch.tensor(0.4, device=device), w_hat)
         of.keep(~yes)
         assert not of.state.codes.any()
         of.keep(yes)
@@ -125,5 +127,15 @@ def test_kernels_give_the_bits_of_the_plain_steps(name: str) -> None:
         runs.append([*seen, w_hat, of.state.codes, of.state.place])
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
-    for call in kernels.warm_ups(made.kind, torch.bfloat16, DEVICE):
+    for call in kernels.warm_ups(made.kind, torch.bfloat16, torch.device(device)):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_any_dtype_take_steps_on_a_processor(dtype: torch.dtype) -> None:
+    """Compiled loops know two of them; the others are torch's."""
+    weight = start(SchemeName.Q3_K)[0].to(dtype)
+    ours, w_hat = tuned(weight, search_blocks(weight, Scheme.named(SchemeName.Q3_K))), torch.empty_like(weight)
+    ours.step(torch.randn_like(weight), torch.tensor(0.4), w_hat)
+    ours.keep(torch.tensor(True))
+    assert torch.equal(ours.results()["only"].dequantize(), w_hat)
