@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from workers.contracts.blocks import JoinsLinears, SplitOutput
-from workers.numerics.backend import BlockKernels, compiled_block_kernels, cpu_block_kernels, triton_serves
+from workers.numerics.backend import compiled_block_kernels, cpu_block_kernels, triton_serves
 from workers.numerics.backends import block_operators
+from workers.numerics.backends.protocols import BlockKernels
 from workers.numerics.causal_attention import Band
 from workers.numerics.windowed_attention import attend_within
 

@@ -37,7 +37,8 @@ from workers.engine.model.block_shape import shape_of
 from workers.engine.tune.minibatches import Minibatches, address
 from workers.engine.tune.sequence_order import MOST_HELD_OUT, minibatches, split
 from workers.engine.tune.tuned_block import TunedBlock
-from workers.numerics.backend import BlockKernels, block_kernels
+from workers.numerics.backend import block_kernels
+from workers.numerics.backends.protocols import BlockKernels
 from workers.numerics.product_dtype import product_dtype
 from workers.numerics.quantized import Number
 

@@ -12,7 +12,8 @@ from app.domain.methods import Scheme
 from tests.numerics import plain_rounding
 from workers.methods.sign_round import signed_step, start
 from workers.numerics.affine import SMALLEST_SCALE, GroupRange
-from workers.numerics.backend import RoundingKernels, loops_serve
+from workers.numerics.backend import loops_serve
+from workers.numerics.backends.protocols import RoundingKernels
 from workers.numerics.backends.rounding import rounding_loops, rounding_operators
 from workers.numerics.backends.rounding.rounding_operators import GridSettings, Groups
 from workers.numerics.loops import threads
