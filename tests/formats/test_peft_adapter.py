@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -123,6 +124,23 @@ def test_the_model_is_named_as_peft_and_the_hub_look_for_it(tmp_path: Path, sour
     writer.describe(REPORT.model_copy(update={"model": REPORT.model.model_copy(update={"kind": "local"})}))
     assert PeftConfig.from_pretrained(str(tmp_path / "local")).base_model_name_or_path is None
     assert "base_model" not in (tmp_path / "local" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("made", "swaps"),
+    [(SAME, True), ([Made(W3, rank=3, alpha=6.0), Made(W3, rank=5, alpha=10.0)], True), (DIFFERENT, False)],
+    ids=["same", "one strength", "different"],
+)
+def test_the_card_warns_of_swapping_where_peft_does_it_wrongly(
+    tmp_path: Path, source: Source, made: Sequence[Made], swaps: bool
+) -> None:
+    """peft looks for patterns by another name than a linear's while it swaps: what it makes of the adapter says so."""
+    write_both(source, tmp_path, made)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tmp_path / "peft")
+    loaded = logits(model)
+    hotswap_adapter(model, str(tmp_path / "peft"), "default")
+    assert torch.equal(logits(model), loaded) is swaps
+    assert ("hotswap_adapter" in (tmp_path / "peft" / "README.md").read_text()) is not swaps
 
 
 def test_linears_that_differ_have_patterns_of_their_own(tmp_path: Path, source: Source) -> None:

@@ -53,6 +53,11 @@ vLLM serves both as its model `adapter`, {known}:
 vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}
 ```"""
 
+ABOUT_SWAPPING = """\
+The strength (alpha / rank) differs between linears of this adapter. Load it by itself, with `PeftModel.from_pretrained`
+or `load_adapter`: peft's `hotswap_adapter` does not read the patterns that say so, and gives every linear one strength
+without an error."""
+
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM 0.32 and 0.33 take as `--max-lora-rank`."""
 
@@ -113,11 +118,13 @@ def loading(about: Loading) -> list[str]:
         raise InternalError("an adapter's card needs the base of the job")
     base = about.base(about.schemes)
     named = [ABOUT_NAMED_BASE.format(model=about.model_id)] if about.model_id else []
-    known, rank = _served_with([one.low_rank for one in about.linears.values() if one.low_rank is not None])
+    factors = [one.low_rank for one in about.linears.values() if one.low_rank is not None]
+    known, rank = _served_with(factors)
     serve = SERVE_ADAPTER.format(base=BASE, adapter=FOLDER, rank=rank, known=known)
     return [
         f"{base.where}\n\n{WITH_ADAPTER.format(load=base.load, adapter=FOLDER)}",
         ABOUT_ADAPTER,
+        *([ABOUT_SWAPPING] if len({one.alpha / one.rank for one in factors}) > 1 else []),
         *named,
         *([serve] if base.served and rank is not None else []),
     ]
