@@ -11,6 +11,10 @@
 Packed codes are those of the signed integers plus 2^(bits - 1). weight_scale has one number, one a row, (out, groups),
 or one a block; weight_g_idx I32 (in,) is the group of each input where they are not in order. Which settings are a
 module's, `config_groups` say by name, pattern or class. Read in compressed-tensors 0.20 (`compressors/`).
+
+A model that transformers has run is saved with the weights that its codes meant, F16 to F32, beside scales that say
+nothing any more: `quantization_status` is "decompressed", and `format` still the packed one's. In other states a float
+beside a scale is not rounded yet, and the model rounds it each time that it runs.
 """
 
 import re
@@ -43,6 +47,8 @@ READ = (
     "mixed-precision",
     "dense",
 )
+DECOMPRESSED = "decompressed"
+"""`quantization_status` of rounded weights, and the kind of a weight that is stored so."""
 MOST_GROUP, MOST_PATTERN = 1 << 20, 1000
 NVFP4_GROUP, MX_GROUP = 16, 32
 
@@ -54,7 +60,7 @@ def weights(reading: Reading) -> Iterator[QuantizedTensor]:
 
     Raises:
         CorruptCheckpoint: parts are missing, do not fit, or have no settings.
-        UnsupportedCheckpoint: a format that is not read.
+        UnsupportedCheckpoint: a format that is not read, or weights that are not rounded yet.
     """
     groups = _groups(reading.settings)
     for name, entry in reading.entries.items():
@@ -62,6 +68,9 @@ def weights(reading: Reading) -> Iterator[QuantizedTensor]:
         if leaf == "weight_packed":
             yield _packed(reading, module, entry, _of(module, groups))
         elif leaf == "weight" and f"{module}.weight_scale" in reading.entries:
+            if entry.dtype in FLOATS:
+                yield _decompressed(reading, name, entry)
+                continue
             yield _naive(reading, module, entry, _of(module, groups))
 
 
@@ -190,6 +199,16 @@ def _four_bit_floats(reading: Reading, module: str, rows: int, columns: int) -> 
             raise corrupt(names["global_scale"], f"has the shape {single.shape}; it must be one number")
     kind = "nvfp4" if group == NVFP4_GROUP else "mxfp4_rows"
     return QuantizedTensor(f"{module}.weight", (rows, columns), kind, names, {"group": group})
+
+
+def _decompressed(reading: Reading, name: str, entry: Stored) -> QuantizedTensor:
+    """A weight that is stored as it is, beside scales that are not applied to it again."""
+    status = reading.settings.get("quantization_status")
+    if status != DECOMPRESSED:
+        detail = f"{name} is {entry.dtype} beside a scale and not rounded yet: quantization_status is {status!r}"
+        hint = "save it compressed by the library that made it, or give the model that it was made from"
+        raise UnsupportedCheckpoint(detail, field="model", value=status, hint=hint)
+    return QuantizedTensor(name, entry.shape, DECOMPRESSED, {"weight": name})
 
 
 def _naive(reading: Reading, module: str, entry: Stored, of: tuple[Settings, str]) -> QuantizedTensor:

@@ -158,8 +158,13 @@ def _is_left_behind(name: str, weights: Mapping[str, QuantizedTensor]) -> bool:
     if name.partition(bitsandbytes.STATE)[0] in weights and bitsandbytes.STATE in name:
         return True
     module, _, leaf = name.rpartition(".")
+    weight = weights.get(f"{module}.weight")
+    if weight is None:
+        return False
+    if weight.kind == compressed_tensors.DECOMPRESSED and leaf in ("weight_scale", "weight_global_scale"):
+        return True
     # Parts that a weight's arithmetic does without, as GPTQ's order where groups are in order.
-    return f"{module}.weight" in weights and leaf in ("g_idx", "weight_g_idx", "qzeros", "weight_zero_point")
+    return leaf in ("g_idx", "weight_g_idx", "qzeros", "weight_zero_point")
 
 
 def _words(title: str, weights: Mapping[str, QuantizedTensor]) -> str:

@@ -34,6 +34,11 @@ def packed(parts: Mapping[str, Tensor], weight: QuantizedTensor) -> Tensor:
     return _weighted(codes, zeros, scale, _group_of_inputs(parts, weight))
 
 
+def decompressed(parts: Mapping[str, Tensor], weight: QuantizedTensor) -> Tensor:  # noqa: ARG001 - it is stored whole
+    """What compressed-tensors' codes meant, as it is stored."""
+    return parts["weight"].float()
+
+
 def gptq(parts: Mapping[str, Tensor], weight: QuantizedTensor) -> Tensor:
     """GPTQ's codes, packed along the inputs, and zero points, along the outputs; the first format's are one less."""
     bits, (rows, columns) = weight.number("bits"), weight.shape

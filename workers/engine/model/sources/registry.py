@@ -17,6 +17,7 @@ DEQUANTIZERS: Mapping[str, Callable[[Parts, QuantizedTensor], Tensor]] = Mapping
         "nvfp4": floats.nvfp4,
         "naive": groups.naive,
         "packed": groups.packed,
+        "decompressed": groups.decompressed,
         "gptq": groups.gptq,
         "awq": groups.awq,
         "bitsandbytes_4bit": bitsandbytes.four_bits,
