@@ -65,6 +65,25 @@ def test_what_is_learned_of_each_kind_of_row(tokenizer: PreTrainedTokenizerBase,
         assert learned_text(tokenizer, example) == whole_text(tokenizer, example)
 
 
+def test_what_is_learned_is_the_same_of_a_tokenizer_that_trims_offsets(small_model: Path, write_lines: Write) -> None:
+    """Trimmed offsets leave white space out, which the tokens themselves have."""
+    from tokenizers.processors import ByteLevel
+
+    answers = ["  four bits  ", " four bits", "four bits ", "\n four\n\n bits \n"]
+    pairs = [{"prompt": prompt, "completion": answer} for prompt in ("how wide ", "how wide") for answer in answers]
+    talks = [
+        {"messages": [{**turn, "content": answer} if turn["role"] == "assistant" else turn for turn in CONVERSATION]}
+        for answer in answers
+    ]
+    file = write_lines("spaces.jsonl", [*pairs, *talks])
+    learned = {}
+    for trims in (False, True):
+        tokenizer = load_tokenizer(small_model)
+        tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trims)
+        learned[trims] = [(one.ids.tolist(), one.loss_mask.tolist()) for one in read(tokenizer, file).training]
+    assert learned[True] == learned[False]
+
+
 def test_a_row_begins_as_the_tokenizer_begins_a_text(small_model: Path, write_lines: Write) -> None:
     from tokenizers.processors import TemplateProcessing
 
