@@ -14,6 +14,7 @@ packed       the same, but weights stay packed and are made anew for each use, a
 peer         peft and transformers as QLoRA's authors prepare the model: norms in fp32, the rest that is not quantized
              in bf16, autocast to bf16
 peer-16bit   the same with norms in bf16, which takes less memory
+unsloth      the same loop around unsloth's model (`benchmarks/unsloth_qlora.py`); only where it is asked for
 
 Each runs without and with recomputation of activations (gradient checkpointing of every block), in a process of its
 own, one after another. One JSON line each, and at the end one with ratios of ours to theirs. Of the steps after
@@ -34,22 +35,34 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from importlib import metadata
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.methods.schemes import Scheme
 from app.domain.request.job_request import JobRequest
 from benchmarks.blocks.random_model import write_model
+from benchmarks.qlora_loop import (
+    ALPHA,
+    CLIP_NORM,
+    NUMBERS,
+    RATE,
+    SEED,
+    Clock,
+    add_numbers,
+    line_of,
+    losses,
+    sequences,
+    trained,
+    versions,
+)
 from bitwright.events import Stage
 from workers.disk.orders import AttemptOrder
 from workers.engine import finetune, memory
@@ -64,21 +77,16 @@ from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import make_plan, scale_dtype_of
 from workers.engine.reporter import Reporter
-from workers.engine.seeds import derived_seed
 from workers.engine.text.examples import Examples
 from workers.engine.text.finetuning_texts import FinetuningTexts
-from workers.engine.text.packing import Order, PackedSequences
-from workers.machine import available_threads
 from workers.methods.normal_float import QLORA
 from workers.numerics.normal_float import quantize
 from workers.numerics.quantized import LinearResult
 from workers.supervise.child_env import ALLOCATOR, OFFLINE
 
-OURS, PEERS = ("ours", "packed"), ("peer", "peer-16bit")
+OURS, PEERS, UNSLOTH = ("ours", "packed"), ("peer", "peer-16bit"), "unsloth"
+SIDES = (*OURS, *PEERS, UNSLOTH)
 NF4 = Scheme(bits=4, group_size=64, symmetric=True)
-ALPHA, RATE, CLIP_NORM, SEED = 16, 2e-4, 0.3, 0
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-NUMBERS = ("steps", "warm_up", "batch", "length", "rank")
 
 
 def main() -> None:
@@ -101,17 +109,13 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a checkpoint")
     parser.add_argument("--text", type=Path, help="JSONL with `text`")
-    parser.add_argument("--sides", nargs="+", choices=OURS + PEERS, default=[*OURS, *PEERS])
-    parser.add_argument("--recompute", nargs="+", choices=["no", "yes"], default=["no", "yes"])
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--warm-up", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=[*OURS, *PEERS])
+    add_numbers(parser)
     parser.add_argument("--shape", choices=["llama-8b"])
     parser.add_argument("--blocks", type=int, default=16, help="of --shape")
     parser.add_argument("--peer-path", type=Path)
-    parser.add_argument("--run", choices=OURS + PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--unsloth-path", type=Path, help="folder that unsloth was installed to")
+    parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
     return parser
 
 
@@ -136,12 +140,17 @@ def prepare(given: argparse.Namespace, folder: Path) -> None:
 def in_its_process(given: argparse.Namespace, side: str, recompute: str, folder: Path) -> dict[str, Any] | None:
     """Last line that one side printed; None where it failed. Ours runs in an attempt's environment."""
     environment = os.environ | OFFLINE
+    paths = [os.environ.get("PYTHONPATH", ".")]
     if given.peer_path is not None and side in PEERS:
-        environment["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", "."), str(given.peer_path)])
+        paths.append(str(given.peer_path))
+    if given.unsloth_path is not None and side == UNSLOTH:
+        paths.insert(0, str(given.unsloth_path))  # before ours: it may want an older transformers
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     if side in OURS:
         environment |= ALLOCATOR
     numbers = [f"--{name.replace('_', '-')}={getattr(given, name)}" for name in NUMBERS]
-    command = [sys.executable, "-m", "benchmarks.peft_qlora", str(folder), "--run", side, "--recompute", recompute]
+    module = "benchmarks.unsloth_qlora" if side == UNSLOTH else "benchmarks.peft_qlora"
+    command = [sys.executable, "-m", module, str(folder), "--run", side, "--recompute", recompute]
     done = subprocess.run([*command, *numbers], env=environment, capture_output=True, check=False, text=True)
     if done.returncode != 0:
         failed = {"side": side, "recompute": recompute, "failed": done.stderr.splitlines()[-8:]}
@@ -153,48 +162,8 @@ def in_its_process(given: argparse.Namespace, side: str, recompute: str, folder:
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    """The line of one side."""
-    torch.set_num_threads(available_threads())
-    clock = Clock(given.warm_up, given.steps, tokens=given.batch * given.length)
-    recomputes = given.recompute == ["yes"]
-    train = theirs if given.run in PEERS else ours
-    figures = train(given, clock, recomputes=recomputes)
-    return {"side": given.run, "recompute": recomputes} | clock.figures() | figures
-
-
-@dataclass
-class Clock:
-    """Time of the steps after the warm-up, and the most memory until the end: `tick` is called after each step."""
-
-    warm_up: int
-    steps: int
-    tokens: int
-    done: int = 0
-    began: float = 0.0
-    seconds: float = 0.0
-    peak: int | None = None
-
-    def tick(self) -> None:
-        self.done += 1
-        if self.done == self.warm_up:
-            self._wait()
-            self.began = time.perf_counter()
-        if self.done == self.steps:
-            self._wait()
-            self.seconds = time.perf_counter() - self.began
-
-    def figures(self) -> dict[str, Any]:
-        a_step = self.seconds / (self.steps - self.warm_up)
-        return {
-            "seconds_a_step": round(a_step, 5),
-            "tokens_a_second": round(self.tokens / a_step, 1),
-            "peak_gib": None if self.peak is None else round(self.peak / 2**30, 3),
-        }
-
-    def _wait(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            self.peak = torch.cuda.max_memory_allocated()
+    """The line of ours, or of peft's side."""
+    return line_of(given, ours if given.run in OURS else partial(trained, peer_model))
 
 
 def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[str, Any]:
@@ -282,32 +251,6 @@ def tick_after_steps(clock: Clock) -> None:
     FlatParameters.step = step  # type: ignore[method-assign]
 
 
-def theirs(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[str, Any]:
-    """A loop of its own, as a trainer has it: nothing waits for the device."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    torch.manual_seed(SEED)
-    model = peer_model(given, device, recomputes=recomputes)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
-    read = sequences(given)
-    order = Order(read, given.batch, given.batch, derived_seed(SEED, "finetune"))
-    curve: list[Tensor] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # as the engine's stage does
-    for index in range(given.steps):
-        ids = read.ids[order.rows(index)].long()
-        ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, CLIP_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        curve.append(loss.detach())
-        clock.tick()
-    return {"loss": losses(torch.stack(curve).tolist()), "trained": sum(p.numel() for p in trained)}
-
-
 def peer_model(given: argparse.Namespace, device: torch.device, *, recomputes: bool) -> nn.Module:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
@@ -340,25 +283,11 @@ def peer_model(given: argparse.Namespace, device: torch.device, *, recomputes: b
     return adapted.train()
 
 
-def sequences(given: argparse.Namespace) -> PackedSequences:
-    """One example in each; every token but the first is learned, as a causal language model's loss has it."""
-    ids = load_file(given.model / "sequences.safetensors")["ids"]
-    targets = torch.ones_like(ids, dtype=torch.bool)
-    targets[:, -1] = False
-    return PackedSequences(ids, torch.zeros_like(ids), targets)
-
-
-def losses(curve: list[float]) -> list[float]:
-    """Of the first and the last step (of more than 50 steps here: means of those around them)."""
-    return [round(curve[0], 4), round(curve[-1], 4)]
-
-
 def summary(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Our speed in multiples of theirs, and our share of their memory; both sides train as many numbers."""
     by = {(line["recompute"], line["side"]): line for line in runs}
-    pairs = [
-        (r, one, other) for r, one, other in product((False, True), OURS, PEERS) if {(r, one), (r, other)} <= set(by)
-    ]
+    every = product((False, True), OURS, (*PEERS, UNSLOTH))
+    pairs = [(r, one, other) for r, one, other in every if {(r, one), (r, other)} <= set(by)]
     ratios = {
         f"{one} / {other}{', recomputed' if recomputed else ''}": {
             "speed": ratio(by[recomputed, one], by[recomputed, other], "tokens_a_second"),
@@ -367,22 +296,12 @@ def summary(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         }
         for recomputed, one, other in pairs
     }
-    return {"ratio": ratios} | machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"ratio": ratios, "device": device, "versions": versions()}
 
 
 def ratio(one: dict[str, Any], other: dict[str, Any], figure: str) -> float | None:
     return None if one[figure] is None else round(one[figure] / other[figure], 3)
-
-
-def machine() -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "another path"
-    return {"device": device, "versions": versions}
 
 
 if __name__ == "__main__":

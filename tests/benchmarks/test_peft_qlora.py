@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peft_qlora import OURS, PEERS, Clock, summary
+from benchmarks.peft_qlora import OURS, PEERS, summary
+from benchmarks.qlora_loop import Clock
 from tests.tiny_model import tiny_model_folder
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -67,7 +68,7 @@ def test_ratios_are_ours_to_theirs_among_runs_of_a_kind() -> None:
 
 
 def test_the_clock_counts_the_steps_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.peft_qlora.time.perf_counter", iter([100.0, 103.0]).__next__)
+    monkeypatch.setattr("benchmarks.qlora_loop.time.perf_counter", iter([100.0, 103.0]).__next__)
     clock = Clock(warm_up=2, steps=5, tokens=600)
     for _ in range(5):
         clock.tick()
