@@ -77,6 +77,16 @@ def test_dates_after_the_first_megabytes_are_as_they_are_written(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("other", [5, {"a": 1}, [{"type": "text", "text": "look"}]], ids=["number", "object", "list"])
+def test_texts_beside_another_kind_of_value_stay_texts(other: object, tmp_path: Path) -> None:
+    """`datasets` reads every text of such a column as JSON, if it can."""
+    values = ["hello", "007", "null", '"yes"', '{"city": "Oslo"}', other]
+    rows = [{"messages": [{"role": "assistant", "content": value}]} for value in values]
+    train = "".join(json.dumps(row) + "\n" for row in rows)
+    assert list(dataset_rows(of_files(tmp_path, train=train), COMMIT)) == rows
+
+
+@pytest.mark.slow
 def test_texts_in_an_array_are_rows_and_numbers_of_a_column_of_texts_are_text(tmp_path: Path) -> None:
     assert list(dataset_rows(of_files(tmp_path, train='["2026-11-01", "b"]'), COMMIT)) == [
         {"text": "2026-11-01"},
