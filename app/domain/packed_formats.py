@@ -20,6 +20,7 @@ from app.domain.runtimes import RuntimeSupport, Support
 
 GPTQ_BITS, MLX_BITS = frozenset({2, 3, 4, 8}), frozenset({2, 3, 4, 5, 6, 8})
 MLX_SCHEMES = frozenset({SchemeName.MXFP4A16, SchemeName.MXFP8A16})
+THROUGH_TRANSFORMERS = "from_pretrained of transformers goes through it, but for experts, which it packs none of"
 MARLIN_GROUPS = frozenset({PER_CHANNEL, 32, 64, 128})
 
 
@@ -46,7 +47,7 @@ GPTQ = FormatInfo(
             Support.BY_RULES,
             GPTQ_BITS,
             group_sizes=frozenset({PER_CHANNEL, 32, 64, 128, 256, 512, 1024}),
-            note="from_pretrained of transformers goes through it",
+            note=THROUGH_TRANSFORMERS,
             version=GPTQMODEL,
         ),
         RuntimeSupport(
@@ -89,7 +90,7 @@ GPTQ_V2 = FormatInfo(
             Support.BY_RULES,
             GPTQ_BITS,
             group_sizes=frozenset({PER_CHANNEL, 32, 64, 128, 256, 512, 1024}),
-            note="from_pretrained of transformers goes through it",
+            note=THROUGH_TRANSFORMERS,
             version=GPTQMODEL,
         ),
         RuntimeSupport(
@@ -124,7 +125,7 @@ AWQ = FormatInfo(
             Support.BY_RULES,
             frozenset({4}),
             group_sizes=MARLIN_GROUPS,
-            note="from_pretrained of transformers goes through it",
+            note=THROUGH_TRANSFORMERS,
             version=GPTQMODEL,
         ),
         RuntimeSupport(
@@ -197,7 +198,7 @@ BITSANDBYTES = FormatInfo(
             "bitsandbytes",
             Support.BY_RULES,
             frozenset({4}),
-            note="from_pretrained of transformers goes through it; groups of 32 since 0.50",
+            note=f"{THROUGH_TRANSFORMERS}; groups of 32 since 0.50",
             version=BITSANDBYTES_PACKAGE,
         ),
     ),

@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from app.domain.formats import ExportFormat
+from app.domain.fused_shapes import EXPERT
 from app.domain.methods import Scheme
 from bitwright.report import LoadReport, Quality, Report, TextReport
+from tests.engine.model.families import MIXTURES, small_config
 from tests.formats.examples import (
     REPORT,
     Made,
@@ -30,6 +34,7 @@ from tests.formats.examples import (
 )
 from workers.formats.cards import model_card as model_card_module
 from workers.formats.cards.vllm import vllm_refusals, vllm_rows
+from workers.formats.packed.loading import NEEDED
 from workers.formats.registry import adapter_base, format_of, open_writer
 from workers.formats.stored_linear import StoredLinear
 
@@ -252,3 +257,29 @@ def test_vllm_needs_one_scheme_for_what_it_runs_as_one() -> None:
     assert refusals == ["it runs q_proj, k_proj, v_proj of model.layers.0.self_attn as one, and their schemes differ"]
     for alone in ("gate_proj", "up_proj"):
         assert "gate_proj, up_proj" in vllm_refusals({f"model.layers.0.mlp.{alone}": W4}, NEWEST_VLLM)[0]
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_packed_experts_are_not_said_to_run_in_transformers(name: ExportFormat) -> None:
+    made = codebook_made(4, 32) if name is ExportFormat.BITSANDBYTES else Made(W4)
+    linear = StoredLinear.of(random_result((32, 32), made))
+    runs, not_run = "transformers runs it packed by `from_pretrained`", "`from_pretrained` does not run it packed"
+    for module, said, unsaid in (
+        ("model.layers.0.mlp.up_proj", runs, not_run),
+        ("model.layers.0.mlp.shared_experts.up_proj", runs, not_run),
+        ("model.layers.0.mlp.experts.0.up_proj", not_run, runs),
+    ):
+        text = model_card(REPORT, name, {"model.layers.0.self_attn.q_proj": linear, module: linear}, None)
+        assert said in text
+        assert unsaid not in text
+        assert "from load_packed import load" in text
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_transformers_has_no_expert_that_is_a_linear(family: str) -> None:
+    """What the card says of every type; a release that has them as linears again shows here."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small_config(family))
+    modules = dict(model.named_modules())
+    assert any(".experts" in name for name in modules)
+    assert not [name for name, module in modules.items() if EXPERT.search(name) and isinstance(module, nn.Linear)]

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from app.domain.format_info import TRANSFORMERS
 from app.domain.formats import ExportFormat
+from app.domain.fused_shapes import EXPERT
 from app.domain.methods import Scheme
 from app.domain.runtimes import RuntimeSupport, described
 from workers.formats.cards.loading import BASE, FOLDER, LOAD_VLLM, AdapterBase, Lines, Loading, model_lines
@@ -32,6 +34,9 @@ PACKAGES: Mapping[str, str] = {
     "bitsandbytes": "transformers runs it packed by `from_pretrained`, with the {packages} ({known}).",
     "mlx-lm": "mlx-lm runs it packed: `mlx_lm.generate --model {folder}` ({known}; {note}).",
 }
+EXPERTS = """\
+`from_pretrained` does not run it packed: transformers {release} has the experts of a layer in one tensor, and {runtime}
+packs linears, so that packed experts find no place in the model and are refused or drawn at random."""
 NEEDED: Mapping[ExportFormat, str] = {
     ExportFormat.GPTQ: "packages `gptqmodel` and `optimum`",
     ExportFormat.GPTQ_V2: "packages `gptqmodel` and `optimum`",
@@ -75,5 +80,7 @@ def _paragraph(name: ExportFormat, row: RuntimeSupport, schemes: Mapping[str, Sc
     refused = sorted({described(scheme) for scheme in schemes.values() if not row.loads(scheme)})
     if refused:
         return f"{row.runtime} does not load it, {row.known()}: not {refused[0]}."
+    if name in NEEDED and any(EXPERT.search(linear) for linear in schemes):
+        return EXPERTS.format(release=TRANSFORMERS, runtime=row.runtime)
     packages = NEEDED.get(name, "")
     return PACKAGES[row.runtime].format(folder=FOLDER, known=row.known(), note=row.note, packages=packages)
