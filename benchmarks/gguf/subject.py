@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from benchmarks.against_auto_round import read_text, windows
 from benchmarks.gguf.llama_cpp import Judge, Quantize, obeyed
 from benchmarks.gguf.originals import Texts, write_importance, write_original
-from benchmarks.gguf.ours import Job, finished
+from benchmarks.gguf.ours import Job, finished, order_of
 from benchmarks.gguf.rows import Ours, Peer, Row
 
 
@@ -135,9 +135,15 @@ class Subject:
         job = Job(self.model, quantization, self.machine.device, self.texts.fields(), self.seed)
         made = self.machine.pool.submit(finished, job, self.folder).result()
         # A job with a limit holds some of the sequences out, which decide what it chooses.
-        if not make.at_most and made.text not in (None, (self.folder / "text").read_text()):
+        if not make.at_most and made.text not in (None, self._text(order_of(job).request.calibration.further_samples)):
             raise RuntimeError("the job was calibrated on other sequences than the imatrix")
         return made.file, {"bytes": made.bytes, "seconds": made.seconds, "bits": made.bits}
+
+    def _text(self, further: int) -> str:
+        """SHA-256 of the sequences of a job that asks for so many further ones."""
+        if not further:
+            return (self.folder / "text").read_text()
+        return self.texts.sequences(self.model, self.seed, further).sha256
 
     def _judged(self, file: Path, *, writes: bool) -> dict[str, Any]:
         names = (str(self.machine.libraries), str(file), str(self.folder / "ids.npy"), str(self.folder / "logits.npy"))
