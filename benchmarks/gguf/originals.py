@@ -33,7 +33,7 @@ class Texts:
     length: int
 
     def sequences(self, model: Path, seed: int, further: int = 0) -> Sequences:
-        """Those that a job of this seed is calibrated on; one that asks for further ones draws from more of the text."""
+        """Those that calibrate a job of this seed; one that asks for further ones draws from more of the text."""
         asked = Calibration(num_samples=self.samples, sequence_length=self.length, further_samples=further)
         return calibration_sequences(load_tokenizer(model), asked, self.calibration, seed, None)
 
