@@ -124,6 +124,21 @@ def test_errors_on_correlated_inputs_are_far_below_rounding(bits: int, act_order
     assert error(weight, ours, inputs) < 0.5 * error(weight, nearest, inputs)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_layers_error_in_fp32_is_that_of_explicit_inverses_in_fp64(bits: int) -> None:
+    """Rounded sums move codes near a middle, for better or worse; the error of all rows says if they are too coarse.
+
+    Divergence at 2 bits does not: it moves by percents with the last bit of an activation.
+    """
+    scheme, inputs = Scheme(bits=bits, group_size=48, symmetric=False), correlated().bfloat16().double()
+    hessian, weight = 2 * inputs.T @ inputs, torch.randn(64, COLUMNS)
+    elimination = Elimination.of(hessian.float(), 0.01, act_order=True)
+    assert elimination is not None
+    found = quantize_weight(weight, elimination, scheme, torch.float32).dequantize()
+    _, expected = by_explicit_inverses(weight.double(), hessian, scheme, act_order=True)
+    assert error(weight, found, inputs) == pytest.approx(error(weight, expected, inputs), rel=1e-3)
+
+
 def output_error(task: BlockTask, result: Any) -> float:
     """Of the block's output, with the result in place for a moment."""
     with torch.no_grad(), task.restored():
