@@ -174,6 +174,32 @@ def test_a_short_file_says_how_much_there_is(tokenizer: PreTrainedTokenizerBase,
     assert "num_samples to at most" in str(caught.value.hint)
 
 
+def test_text_that_the_jobs_other_datasets_hold_is_told_as_the_reason(
+    tokenizer: PreTrainedTokenizerBase, write_lines: Write
+) -> None:
+    """A copy of the calibration text under another name leaves nothing to evaluate on: no count of samples helps."""
+    rows = sentences(12)
+    file, copy = write_lines("a.jsonl", rows), write_lines("b.jsonl", rows)
+    with pytest.raises(InvalidDataset) as caught:
+        evaluation_sequences(tokenizer, evaluation(2, 16), copy, 0, file)
+    assert "has 0 tokens without 12 rows that other datasets of the job hold, too" in caught.value.detail
+    assert "num_samples" not in str(caught.value.hint)
+    more = write_lines("more.jsonl", [*rows, *sentences(12, seed=1)])
+    assert evaluation_sequences(tokenizer, evaluation(2, 16), more, 0, file).ids.shape == (2, 16)
+
+
+def test_text_of_two_parts_of_a_job_is_told_to_be_split(tokenizer: PreTrainedTokenizerBase, write_lines: Write) -> None:
+    rows = sentences(12)
+    file = write_lines("both.jsonl", rows)
+    halves = [half_of(row["text"]) for row in rows]
+    with pytest.raises(InvalidDataset) as caught:
+        calibration_sequences(tokenizer, calibration(400, 64), file, 0, file)
+    assert f"without {halves.count(Half.EVALUATION)} rows that fall to the job's other part" in caught.value.detail
+    with pytest.raises(InvalidDataset) as caught:
+        evaluation_sequences(tokenizer, evaluation(400, 64), file, 0, file)
+    assert f"without {halves.count(Half.CALIBRATION)} rows that fall to the job's other part" in caught.value.detail
+
+
 def test_messages_need_a_chat_template(small_model: Path, write_lines: Write) -> None:
     tokenizer = load_tokenizer(small_model)
     tokenizer.chat_template = None

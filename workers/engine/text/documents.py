@@ -7,7 +7,7 @@ the same one, so that no evaluation ever reads what calibrated.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +34,43 @@ def hash_of(document: Document) -> bytes:
     """sha256 of the content; of a conversation's messages alone where nothing else decides its text."""
     content = document if isinstance(document, str) else json.dumps(_said(document), sort_keys=True)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
+
+
+@dataclass
+class LeftOut:
+    """Rows of a text that a job does not read as this text, by the reason: where too little is left, it is told.
+
+    halved     those of the other half, which another part of the job reads
+    repeated   those that another dataset of the job has, too
+    """
+
+    halved: int = 0
+    repeated: int = 0
+
+    def half(self, documents: Iterable[Document], half: Half) -> Iterator[Document]:
+        """The documents of a half."""
+        for document in documents:
+            if half_of(document) is half:
+                yield document
+            else:
+                self.halved += 1
+
+    def known(self, documents: Iterable[Document], keys: Collection[bytes]) -> Iterator[Document]:
+        """The documents whose hashes are none of `keys`."""
+        for document in documents:
+            if hash_of(document) in keys:
+                self.repeated += 1
+            else:
+                yield document
+
+    def words(self) -> str:
+        """What is left out, for after a number of tokens."""
+        reasons = []
+        if self.repeated:
+            reasons.append(f"{self.repeated} rows that other datasets of the job hold, too")
+        if self.halved:
+            reasons.append(f"{self.halved} rows that fall to the job's other part, which reads the same text")
+        return f" without {' and '.join(reasons)}" if reasons else ""
 
 
 def _said(document: Conversation) -> object:

@@ -23,7 +23,7 @@ from bitwright.errors import CorruptCheckpoint, InvalidDataset
 from bitwright.report import TextReport
 from workers.engine.text.builtin import builtin_documents
 from workers.engine.text.conversations import ChatTemplate, readable
-from workers.engine.text.documents import Document, Half, Notes, half_of, hash_of, read_jsonl
+from workers.engine.text.documents import Document, Half, LeftOut, Notes, hash_of, read_jsonl
 from workers.formats.library_config import library_tokenizer
 
 PROBE = "The `with` statement is used to wrap the execution of a block with methods."
@@ -127,9 +127,12 @@ def calibration_sequences(
         InvalidDataset: the file is not as documented, or too short.
     """
     shared = path is None or (evaluation_path is not None and path.samefile(evaluation_path))
-    notes = Notes()
-    documents = _documents(path, "calibration.dataset", Half.CALIBRATION if shared else None, notes)
-    return _sequences(tokenizer, documents, config, name="calibration", seed=seed, overlap=path is None, notes=notes)
+    notes, left_out = Notes(), LeftOut()
+    documents = _documents(path, "calibration.dataset", Half.CALIBRATION if shared else None, notes, left_out)
+    overlap = path is None
+    return _sequences(
+        tokenizer, documents, config, name="calibration", seed=seed, overlap=overlap, notes=notes, left_out=left_out
+    )
 
 
 def evaluation_sequences(
@@ -142,18 +145,21 @@ def evaluation_sequences(
     """
     others = [other for other in used if path is not None and other is not None]
     shared = path is None or any(path.samefile(other) for other in others)
-    notes = Notes()
-    documents = _documents(path, "evaluation.dataset", Half.EVALUATION if shared else None, notes)
+    notes, left_out = Notes(), LeftOut()
+    documents = _documents(path, "evaluation.dataset", Half.EVALUATION if shared else None, notes, left_out)
     apart = [other for other in others if path is not None and not path.samefile(other)]
     if apart:
         keys = {hash_of(document) for other in apart for document in read_jsonl(other, "the job's other dataset")}
-        documents = (document for document in documents if hash_of(document) not in keys)
-    return _sequences(tokenizer, documents, config, name="evaluation", seed=seed, overlap=path is None, notes=notes)
+        documents = left_out.known(documents, keys)
+    overlap = path is None
+    return _sequences(
+        tokenizer, documents, config, name="evaluation", seed=seed, overlap=overlap, notes=notes, left_out=left_out
+    )
 
 
-def _documents(path: Path | None, name: str, half: Half | None, notes: Notes) -> Iterator[Document]:
+def _documents(path: Path | None, name: str, half: Half | None, notes: Notes, left_out: LeftOut) -> Iterable[Document]:
     documents: Iterable[Document] = builtin_documents() if path is None else read_jsonl(path, name, notes)
-    return (document for document in documents if half is None or half_of(document) is half)
+    return documents if half is None else left_out.half(documents, half)
 
 
 def source_label(source: CalibrationSource | DatasetSource | ModelSource) -> str:
@@ -173,6 +179,7 @@ def _sequences(
     seed: int,
     overlap: bool,
     notes: Notes,
+    left_out: LeftOut,
 ) -> Sequences:
     start = start_tokens(tokenizer)
     length = config.sequence_length - len(start)
@@ -183,7 +190,7 @@ def _sequences(
         raise only_separators(f"{name}.dataset", len(stream))
     rows, more = cut_twice(stream, length, count, further, seed, overlap=overlap)
     if len(rows) < count:
-        raise _too_short(config, name, len(stream), len(rows))
+        raise _too_short(config, name, len(stream), len(rows), left_out)
     short = len(stream) // length < count
     return Sequences(
         torch.tensor([start + row for row in rows], dtype=torch.int64),
@@ -294,11 +301,19 @@ def writes_start(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def _too_short(config: Calibration | Evaluation, name: str, tokens: int, sequences: int) -> InvalidDataset:
+def _too_short(
+    config: Calibration | Evaluation, name: str, tokens: int, sequences: int, left_out: LeftOut
+) -> InvalidDataset:
+    if sequences:
+        hint = f"give more text, or set {name}.num_samples to at most {sequences} or {name}.sequence_length lower"
+    elif left_out.repeated:
+        hint = f"give rows for {name}.dataset that no other dataset of the job has, or the other dataset without them"
+    else:
+        hint = f"give more text, or set {name}.sequence_length lower"
     return InvalidDataset(
-        f"{name}.dataset has {tokens} tokens, {sequences} sequences of {config.sequence_length}; "
+        f"{name}.dataset has {tokens} tokens{left_out.words()}, {sequences} sequences of {config.sequence_length}; "
         f"{config.sequences} are asked for",
         field=f"{name}.dataset",
         value=tokens,
-        hint=f"give more text, or set {name}.num_samples to at most {sequences} or {name}.sequence_length lower",
+        hint=hint,
     )
