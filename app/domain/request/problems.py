@@ -205,10 +205,27 @@ def unknown_field(model: type[BaseModel], location: Location, shorthand: Sequenc
         return f"there is no such field; {beside}there are: {', '.join(known)}; in shorthand also: {', '.join(short)}"
     if shorthand and (elsewhere := field_meant(name)):
         return f"there is no such field here; {elsewhere}"
+    if shorthand and (places := [path for path in _places(schema, definitions) if path.rpartition(".")[2] == name]):
+        return f"there is no such field here; did you mean {_one_of(places)}?"
     near = closest(name, [*known, *short])
     meant = f"did you mean {near}? " if near else ""
     besides = f"; in shorthand also: {', '.join(short)}" if short else ""
     return f"there is no such field; {meant}there are: {', '.join(known)}{besides}"
+
+
+def _places(node: Schema, definitions: Schema, path: str = "") -> list[str]:
+    """Paths of the fields of all objects below the top that are of one kind: names of the others are no one place's."""
+    node = _resolve(node, definitions)
+    mapping = _child(_child(node, "discriminator"), "mapping")
+    kinds = [_resolve({"$ref": target}, definitions) for target in mapping.values()] or [node]
+    found: dict[str, None] = {}
+    for kind in kinds:
+        for name in _child(kind, "properties"):
+            below = f"{path}.{name}" if path else name
+            if path and not mapping:
+                found[below] = None
+            found |= dict.fromkeys(_places(_child(_child(kind, "properties"), name), definitions, below))
+    return list(found)
 
 
 def _others_with(schema: Schema, definitions: Schema, location: Location) -> list[str]:

@@ -61,6 +61,34 @@ def test_a_name_below_another_field_is_told_it_too() -> None:
     assert problem.detail.endswith("did you mean calibration.num_samples?")
 
 
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("head", "quantization.modules.head"),
+        ("embeddings", "quantization.modules.embeddings"),
+        ("evaluation.further_samples", "calibration.further_samples"),
+        *((field.rpartition(".")[2], field) for field in ("evaluation.seeds", "finetune.validation_share")),
+        *((field.rpartition(".")[2], field) for field in ("require.max_kl_divergence", "require.loads")),
+    ],
+)
+def test_a_field_in_another_place_is_told_its_own(path: str, field: str) -> None:
+    *above, name = path.split(".")
+    body: dict[str, Any] = {name: 1}
+    for key in above:
+        body = {key: body}
+    with pytest.raises(InvalidRequest) as caught:
+        JobRequest.parse({**BASE, **body})
+    (problem,) = caught.value.errors
+    assert (problem.field, problem.code) == (path, "unknown_field")
+    assert problem.detail == f"there is no such field here; did you mean {field}?"
+
+
+def test_a_field_of_no_other_place_is_told_what_there_is() -> None:
+    """Names of sources and kinds stand in many objects, of which none is meant more than another."""
+    for name in ("path", "kind", "id"):
+        assert "there are: model" in problem_of(**{name: 1}).detail
+
+
 def test_a_field_of_other_methods_is_told_theirs() -> None:
     problem = problem_of(preset="best")
     assert problem.detail == "rtn has no preset; apiq, omniquant and signround have it"
