@@ -80,12 +80,20 @@ def holds_embeddings(name: ExportFormat, spec: WeightSpec) -> bool:
 
 
 def format_problems(
-    spec: WeightSpec, formats: tuple[ExportFormat, ...], forms: frozenset[Form] | None = None
+    spec: WeightSpec,
+    formats: tuple[ExportFormat, ...],
+    forms: frozenset[Form] | None = None,
+    judged: Collection[int] | None = None,
 ) -> list[FieldProblem]:
-    """Everything in `spec` that one of `formats` cannot hold, overrides included; `forms` as in `default_formats`."""
+    """Everything in `spec` that one of `formats` cannot hold, overrides included; `forms` as in `default_formats`.
+
+    judged   places of the formats to look at, if not all: of another that is wrong anyway, a way out would lead nowhere
+    """
     forms = spec.forms() if forms is None else forms
     problems = []
     for index, name in enumerate(formats):
+        if judged is not None and index not in judged:
+            continue
         detail = _form_refusal(spec, name, formats, forms)
         if detail is not None:
             problems.append(
@@ -314,10 +322,11 @@ def _form_refusal(
             f"makes some: {able}"
         )
     if info.low_rank is LowRankRule.BESIDE and Form.LOW_RANK in forms and not base_alone(formats):
+        factors = f"low-rank factors of {method}" if Form.LOW_RANK in spec.forms() else "trained adapter"
         return (
-            f"{name.value} holds the quantized weights without the low-rank factors of {method}; add "
-            f'"{default_for(Result.FACTORS).value}" to formats, or ask for "{default_for(Result.SUMS).value}", which '
-            "adds them in"
+            f"{name.value} holds the quantized weights without the {factors}; add "
+            f'"{default_for(Result.FACTORS).value}" to formats, or ask for "{default_for(Result.SUMS).value}" alone, '
+            f"which adds {'them' if Form.LOW_RANK in spec.forms() else 'it'} in"
         )
     return None
 

@@ -50,25 +50,17 @@ def result_problems(
     folded   what holds an adapter that lies in the weights from the start
     """
     stored = as_merged(spec) if folded or (adapter is not None and merge == "quantized") else spec
-    problems = format_problems(stored, formats, result_forms(spec, adapter, merge))
+    of_adapter = [] if adapter is None else _adapter_format_problems(adapter, merge, formats)
+    refused = {problem.field for problem in of_adapter}
+    fitting = {index for index in range(len(formats)) if f"formats.{index}" not in refused}
+    problems = format_problems(stored, formats, result_forms(spec, adapter, merge), judged=fitting)
     if adapter is None:
         return problems + _without_adapter(merge, round_offset)
-    problems += _start_problems(spec, adapter) + _peft_problems(adapter, formats)
+    problems += _start_problems(spec, adapter) + of_adapter
     if merge == "quantized":
         problems += _fold_problems(spec, formats, adapter, round_offset)
     elif folded == "offsets":
         problems += _offset_problems(formats, 'merge: "quantized" with round_offset')
-    if merge == "16bit":
-        problems += [
-            _problem(
-                f"formats.{index}",
-                "format_cannot_hold",
-                f"{name.value} holds no merged 16-bit weights; ask for {default_for(Result.SUMS).value}",
-                name,
-            )
-            for index, name in enumerate(formats)
-            if not name.info.holds_sums
-        ]
     if round_offset and merge != "quantized":
         problems.append(_stray_rounding())
     return problems
@@ -155,7 +147,17 @@ def _start_problems(spec: WeightSpec, adapter: AdapterFields) -> list[FieldProbl
     ]
 
 
-def _peft_problems(adapter: AdapterSpec, formats: Sequence[ExportFormat]) -> list[FieldProblem]:
+def _adapter_format_problems(
+    adapter: AdapterSpec, merge: str | None, formats: Sequence[ExportFormat]
+) -> list[FieldProblem]:
+    """Formats that cannot hold what becomes of the adapter, whatever the weights are: one problem for each."""
+    if merge == "16bit":
+        detail = f"{{}} holds no merged 16-bit weights; ask for {default_for(Result.SUMS).value}"
+        return [
+            _problem(f"formats.{index}", "format_cannot_hold", detail.format(name.value), name)
+            for index, name in enumerate(formats)
+            if not name.info.holds_sums
+        ]
     if ADAPTERS[adapter.kind].stock_peft:
         return []
     detail = "stock peft has no {}; leave {} out: the job keeps the adapter as a file with a loader"

@@ -163,3 +163,36 @@ def test_the_trained_numbers_of_an_adapter_are_counted() -> None:
     assert trained_parameters(spec, LoRASpec(rank=3), linears) == 3 * (6 + 4) + 3 * (2 + 8)
     assert trained_parameters(spec, BayesianLoRASpec(rank=3), linears) == 3 * (6 + 4) + 3 * (2 + 8)
     assert trained_parameters(spec, QALoRASpec(rank=3), linears) == 3 * (6 + 2) + 3 * (2 + 4)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("merge", [None, "16bit"])
+@pytest.mark.parametrize("name", ["gptq", "awq", "mlx", "peft", "bitsandbytes", "compressed-tensors"])
+def test_a_format_that_does_not_fit_an_adapter_is_told_one_way_out_and_it_leads_there(
+    kind: str, merge: Literal["16bit"] | None, name: str
+) -> None:
+    """Every problem of a format names formats that the same job may ask for, and no method that makes no adapter."""
+    spec = RTNSpec(bits=5, group_size=32, symmetric=True)
+    adapter: Any = SPECS[kind]
+    problems = result_problems(spec, (ExportFormat(name),), adapter, merge, round_offset=False)
+    details = [problem.detail for problem in problems if problem.code == "format_cannot_hold"]
+    assert all("factors of rtn" not in detail and "rtn makes none" not in detail for detail in details)
+    if merge == "16bit":
+        assert details == [f"{name} holds no merged 16-bit weights; ask for merged"]
+        assert not result_problems(spec, (MERGED,), adapter, merge, round_offset=False)
+    elif name == "peft" and kind not in {"lora", "bayesian-lora"}:
+        (detail,) = details
+        assert detail.startswith(f"stock peft has no {kind}; leave peft out")
+        assert not result_problems(spec, (), adapter, merge, round_offset=False)
+
+
+@pytest.mark.parametrize("kind", ["lora", "bayesian-lora"])
+def test_a_format_without_a_place_for_the_adapter_is_told_so(kind: str) -> None:
+    adapter: Any = SPECS[kind]
+    (problem,) = result_problems(RTN, (CT,), adapter, None, round_offset=False)
+    assert problem.detail == (
+        "compressed-tensors holds the quantized weights without the trained adapter; "
+        'add "peft" to formats, or ask for "merged" alone, which adds it in'
+    )
+    for formats in ((CT, PEFT), (MERGED,)):
+        assert not result_problems(RTN, formats, adapter, None, round_offset=False)
