@@ -1,4 +1,4 @@
-"""What sides of `benchmarks.peft_qlora` share: clock, sequences, and the loop around a model that somebody prepared.
+"""Clock, sequences and loop that the sides of `benchmarks.peft_qlora` share, around a model that somebody prepared.
 
 It imports nothing of the engine that wants a certain release of transformers, as a side may need another one.
 """

@@ -39,6 +39,7 @@ GATHERING = frozenset(
         "workers/engine/goal/stage.py:_Aim",
         "workers/engine/scales/tuning.py:ScaleTuning",
         "workers/engine/stored_scales.py:StoredScales",
+        "workers/engine/text/documents.py:LeftOut",
         "workers/engine/text/documents.py:Notes",
         "workers/engine/text/examples.py:Examples",
         "workers/engine/tune/tuned_block.py:Accumulation",

@@ -3,7 +3,7 @@
 One answer for the API, for the child that looks at the Hub, and for the fetch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from app.domain.advice import dishonoured_rank
 from app.domain.format_rules import head_problems, model_problems
@@ -160,8 +160,18 @@ def _misfits_of_shapes(request: JobRequest, inspection: Inspection, dimensions: 
     quantized |= {} if spec.embeddings_scheme() is None else {EMBEDDINGS: dimensions.hidden}
     if dimensions.exact:
         problems += head_problems(request.formats, spec, tied=dimensions.tied_embeddings)
+    problems += _apart_from_tokens(spec, outputs)
     kind = dimensions.architecture.model_type
     return problems + model_problems(request.formats, kind, quantized, inspection.config, outputs)
+
+
+def _apart_from_tokens(spec: WeightSpec, quantized: Collection[str]) -> list[FieldProblem]:
+    """Experts, which see the tokens that are sent to them, where linears are to be tuned one by one on all tokens."""
+    experts = next((name for name in quantized if "experts" in name.split(".")), None)
+    if experts is None or not spec.tunes_linears_apart():
+        return []
+    detail = f'{experts} sees only the tokens that its router sends, and cannot be tuned apart; give "block"'
+    return [FieldProblem(field="quantization.granularity", code="invalid_request", detail=detail, value="layer")]
 
 
 def _misfits_without_model(request: JobRequest, inspection: Inspection) -> list[FieldProblem]:

@@ -309,6 +309,10 @@ class WeightSpec(Spec):
         memory for activations again."""
         return True
 
+    def tunes_linears_apart(self) -> bool:
+        """True if each linear of a block is tuned on inputs of its own, so that every token has to pass through it."""
+        return False
+
     def shared_batch(self) -> int:
         """Sequences of a step that several GPUs may divide among themselves; 0 if they would gain nothing."""
         return 0

@@ -139,9 +139,12 @@ class ApiQSpec(WeightSpec):
         """A batch a step, and what the base costs; steps of parts of a block count as one of the block."""
         return self.steps * min(self.batch_size, num_samples) + self.base_spec().tuned_sequences(num_samples)
 
+    def tunes_linears_apart(self) -> bool:
+        return self.granularity == "layer"
+
     def needs_original_inputs(self) -> bool:
         """Targets are enough, unless each linear has its own."""
-        return self.granularity == "layer"
+        return self.tunes_linears_apart()
 
     def shared_batch(self) -> int:
         """A step's batch, if there are steps: what divides it and the base's too."""

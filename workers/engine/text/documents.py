@@ -64,7 +64,7 @@ class LeftOut:
                 yield document
 
     def words(self) -> str:
-        """What is left out, for after a number of tokens."""
+        """A text of what is left out, for after a number of tokens."""
         reasons = []
         if self.repeated:
             reasons.append(f"{self.repeated} rows that other datasets of the job hold, too")

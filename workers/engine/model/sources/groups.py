@@ -35,7 +35,7 @@ def packed(parts: Mapping[str, Tensor], weight: QuantizedTensor) -> Tensor:
 
 
 def decompressed(parts: Mapping[str, Tensor], weight: QuantizedTensor) -> Tensor:  # noqa: ARG001 - it is stored whole
-    """What compressed-tensors' codes meant, as it is stored."""
+    """The weight that compressed-tensors' codes meant, as it is stored."""
     return parts["weight"].float()
 
 
