@@ -21,6 +21,8 @@ SPREAD = {
     b"{": "write each object on a line of its own: jq -c . rows.json > rows.jsonl",
 }
 """First lines of JSON that is spread over several, with the way out."""
+COLUMNS = frozenset({"text", "prompt", "completion", "question", "answer", "instruction", "input", "output"})
+"""Names in the first line of a table by which it is told; each is a row's field, or one that others name so."""
 WANTED = 'give a JSON object a line, with "text", with "prompt" and "completion", or with "messages"'
 
 
@@ -97,6 +99,9 @@ def parse_record(line: bytes, number: int, name: str, parse: Parse[RowT]) -> Rec
         if number == 1 and line.strip() in SPREAD:
             detail = f"{name} is JSON over several lines, not a JSON object a line"
             raise InvalidDataset(detail, field=name, value=_shown(line), hint=SPREAD[line.strip()]) from error
+        if number == 1 and (separator := _table_separator(line)):
+            detail = f"{name} is a table of columns (CSV), not a JSON object a line"
+            raise InvalidDataset(detail, field=name, value=_shown(line), hint=_as_jsonl(separator)) from error
         raise bad_line(name, number, f"not JSON ({error})", line) from error
     if isinstance(row, list):
         detail = f"{name}: line {number} is not a JSON object but an array"
@@ -110,6 +115,20 @@ def parse_record(line: bytes, number: int, name: str, parse: Parse[RowT]) -> Rec
     except RowProblem as problem:
         raise bad_field(name, number, problem, row) from problem
     return Record(number, parsed, ignored)
+
+
+def _table_separator(header: bytes) -> str | None:
+    """What stands between the columns of a table with this first line; None where the line names none of ours."""
+    names = header.decode("utf-8-sig", errors="replace").strip()
+    for separator in (",", "\t", ";"):
+        if COLUMNS & {each.strip().strip('"').lower() for each in names.split(separator)}:
+            return separator
+    return None
+
+
+def _as_jsonl(separator: str) -> str:
+    sep = "" if separator == "," else f", sep={separator!r}"
+    return f"""write its rows as JSONL: datasets.Dataset.from_csv("rows.csv"{sep}).to_json("rows.jsonl")"""
 
 
 def bad_line(name: str, number: int, problem: str, line: bytes) -> InvalidDataset:
