@@ -171,7 +171,7 @@ def _apart_from_tokens(spec: WeightSpec, quantized: Collection[str]) -> list[Fie
     if experts is None or not spec.tunes_linears_apart():
         return []
     detail = f'{experts} sees only the tokens that its router sends, and cannot be tuned apart; give "block"'
-    return [FieldProblem(field="quantization.granularity", code="invalid_request", detail=detail, value="layer")]
+    return [FieldProblem(field="quantization.granularity", code="invalid_value", detail=detail, value="layer")]
 
 
 def _misfits_without_model(request: JobRequest, inspection: Inspection) -> list[FieldProblem]:
