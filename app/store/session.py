@@ -1,6 +1,7 @@
 """The engine, the one place that commits, and the migrations."""
 
 import json
+import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from functools import lru_cache, partial
 from importlib.resources import files
 from math import inf
 from select import POLLIN, poll
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from alembic import command
@@ -31,6 +32,8 @@ from bitwright.errors import Conflict, Unavailable
 
 BUSY_SECONDS = 30.0
 """Time that a write waits for another one on SQLite before it fails."""
+BETWEEN_TRIES = 0.02
+"""Seconds between two tries to turn a new file to WAL."""
 STEPS_BETWEEN_LOOKS = 20_000
 """Instructions of SQLite's machine, some milliseconds, after which a statement's time is looked at."""
 READING = "bitwright_reading"
@@ -289,8 +292,23 @@ def _limit_statements(engine: Engine, seconds: float) -> None:
 
 def _prepare_sqlite(connection: Any, record: object) -> None:  # noqa: ARG001
     connection.isolation_level = None  # the driver must not begin transactions by itself: see _begin_sqlite
-    for pragma in ("journal_mode = WAL", "foreign_keys = ON", "synchronous = FULL"):
+    _write_ahead(connection)
+    for pragma in ("foreign_keys = ON", "synchronous = FULL"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _write_ahead(connection: Any) -> None:
+    """Turn the file to WAL. Where another connection writes to a new one, SQLite refuses that without its `timeout`."""
+    ends = monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or monotonic() > ends:
+                raise
+            sleep(BETWEEN_TRIES)
+        else:
+            return
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -1,9 +1,13 @@
 import multiprocessing
 import re
+import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from time import sleep
 from typing import TypeVar
 
 import pytest
@@ -198,6 +202,22 @@ def test_one_sweep_at_a_time(database: Database) -> None:
 
 def test_many_may_migrate_at_once(empty_url: str) -> None:
     assert together(4, lambda _: migrate(empty_url)) == [None] * 4
+
+
+def test_a_new_file_that_another_process_writes_to_is_waited_for(tmp_path: Path) -> None:
+    """Until its first connection has turned it to WAL, SQLite refuses the next one without a wait."""
+    file = tmp_path / "new.db"
+    other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE theirs (number)")
+    other.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(migrate, f"sqlite:///{file}")
+        sleep(0.2)
+        other.execute("COMMIT")
+        assert made.result(20) is None
+    other.close()
+    with closing(sqlite3.connect(file)) as fresh:
+        assert fresh.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_a_reader_does_not_wait_for_a_writer(database: Database, tenant: str) -> None:

@@ -118,7 +118,7 @@ def parse_record(line: bytes, number: int, name: str, parse: Parse[RowT]) -> Rec
 
 
 def _table_separator(header: bytes) -> str | None:
-    """What stands between the columns of a table with this first line; None where the line names none of ours."""
+    """The separator of a table with this first line; None where the line names no column of ours."""
     names = header.decode("utf-8-sig", errors="replace").strip()
     for separator in (",", "\t", ";"):
         if COLUMNS & {each.strip().strip('"').lower() for each in names.split(separator)}:
