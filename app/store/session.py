@@ -212,7 +212,7 @@ def _create_engine(
     options |= {"json_serializer": TO_JSON, "json_deserializer": from_json}
     if parsed.get_backend_name() == "sqlite":
         engine = create_engine(parsed, connect_args={"timeout": bounds.busy}, **options)
-        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "connect", partial(_prepare_sqlite, busy=bounds.busy))
         event.listen(engine, "begin", _begin_sqlite)
         if bounds.statement is not None:
             _limit_statements(engine, bounds.statement)
@@ -290,16 +290,16 @@ def _limit_statements(engine: Engine, seconds: float) -> None:
     event.listen(engine, "before_cursor_execute", begin)
 
 
-def _prepare_sqlite(connection: Any, record: object) -> None:  # noqa: ARG001
+def _prepare_sqlite(connection: Any, record: object, *, busy: float) -> None:  # noqa: ARG001
     connection.isolation_level = None  # the driver must not begin transactions by itself: see _begin_sqlite
-    _write_ahead(connection)
+    _write_ahead(connection, busy)
     for pragma in ("foreign_keys = ON", "synchronous = FULL"):
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _write_ahead(connection: Any) -> None:
+def _write_ahead(connection: Any, busy: float) -> None:
     """Turn the file to WAL. Where another connection writes to a new one, SQLite refuses that without its `timeout`."""
-    ends = monotonic() + BUSY_SECONDS
+    ends = monotonic() + busy
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
